@@ -1,0 +1,53 @@
+"""One micro-batch: what travels beside the hidden states to every phase. Letters: B batch, S sequence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+IGNORE = -100
+"""Label of a position that is not scored."""
+
+
+@dataclass
+class MicroBatch:
+    """Token ids, labels and side inputs of one micro-batch; every pipeline rank holds all of it."""
+
+    tokens: Tensor
+    """(B, S) int64."""
+    labels: Tensor
+    """(B, S) int64: ``labels[b, s]`` is the token after position s, or ``IGNORE``."""
+    positions: Tensor
+    """(B, S) int64 rotary positions."""
+    documents: Tensor | None = None
+    """(B, S) int64 document ids where attention stays inside a document, else None."""
+    targets: float = 0.0
+    """Scored units in here (label tokens; samples for GRPO). The executor weighs the loss by it."""
+    extra: dict[str, Tensor] = field(default_factory=dict)
+    """What a stage adds, for example advantages."""
+
+    @classmethod
+    def of(cls, tokens: Tensor) -> MicroBatch:
+        """A batch of plain tokens at positions 0..S-1, labelled with the next token."""
+        labels = torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], IGNORE)], dim=1)
+        positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        return cls(tokens, labels, positions, targets=float((labels != IGNORE).sum()))
+
+    @property
+    def num_tokens(self) -> int:
+        return self.tokens.numel()
+
+    def to(self, device: torch.device | str) -> MicroBatch:
+        def move(t: Tensor) -> Tensor:
+            return t.to(device, non_blocking=True)
+
+        return replace(
+            self,
+            tokens=move(self.tokens),
+            labels=move(self.labels),
+            positions=move(self.positions),
+            documents=None if self.documents is None else move(self.documents),
+            extra={k: move(v) for k, v in self.extra.items()},
+        )
