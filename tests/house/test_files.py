@@ -1,0 +1,92 @@
+"""Law on files: length, names, and nothing in them that belongs to one machine."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+LIMIT = 450
+"""Lines a source file may have; about 300 is the aim."""
+TEXT = {".py", ".md", ".yaml", ".yml", ".toml", ".txt", ".html", ".css", ".js", ".svg", ".csv", ".json", ".jsonl", ""}
+SKIPPED = {".git", ".venv", "runs", "dist", "build", "__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache"}
+
+# Written in pieces, so that this file does not find itself.
+MACHINE = {
+    "a path of one machine": r"(?<![\w.])/(?:wo" r"rk|ro" r"ot|ho" r"me|tm" r"p|Use" r"rs|mn" r"t)/[\w.]",
+    "a registry or package index": r"index" r"[-_]url|trusted" r"[-_]host|find" r"-links|artifact" r"ory|\.inter" r"nal\b",
+    "a private address": r"(?<![=\w.])(?:10|192\.168|172\.(?:1[6-9]|2\d|3[01]))(?:\.\d{1,3}){2,3}\b",
+}
+
+
+@cache
+def repository_files() -> list[Path]:
+    """Tracked files and new ones that git does not ignore; in a source archive without git, every file."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True)
+    if found.returncode == 0:
+        paths = [ROOT / name for name in found.stdout.decode().split("\0") if name]
+    else:
+        paths = [p for p in ROOT.rglob("*") if not SKIPPED & set(p.relative_to(ROOT).parts)]
+    return sorted(p for p in paths if p.is_file())
+
+
+def test_files_stay_short():
+    long = {
+        str(path.relative_to(ROOT)): lines
+        for path in repository_files()
+        if path.suffix == ".py" and (lines := len(path.read_text(encoding="utf-8").splitlines())) > LIMIT
+    }
+    assert not long, f"more than {LIMIT} lines: {long}"
+
+
+def test_no_file_is_called_utils():
+    bad = [p for p in repository_files() if re.fullmatch(r"_*(utils?|helpers?|misc|common)", p.stem) and p.suffix == ".py"]
+    assert not bad, f"name these by what they do: {bad}"
+
+
+def test_packages_export_only():
+    """``__init__.py`` holds a docstring, imports and constants such as ``__all__``; code has a name of its own."""
+    import ast
+
+    allowed = (ast.Import, ast.ImportFrom, ast.Assign, ast.AnnAssign)
+    for path in repository_files():
+        if path.name != "__init__.py" or "tests" in path.parts:
+            continue
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+            assert docstring or isinstance(node, allowed), f"{path}:{node.lineno} is more than an export"
+
+
+@pytest.mark.parametrize("what", MACHINE)
+def test_nothing_of_one_machine(what: str):
+    pattern = re.compile(MACHINE[what])
+    bad = []
+    for path in repository_files():
+        if path.suffix not in TEXT:
+            continue
+        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+            if pattern.search(line):
+                bad.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()[:120]}")
+    assert not bad, f"{what}:\n" + "\n".join(bad)
+
+
+def test_no_build_output_is_tracked():
+    bad = [p for p in repository_files() if p.suffix in {".pyc", ".pt", ".ckpt", ".safetensors", ".whl", ".distcp"}]
+    assert not bad, f"not for git: {bad}"
+
+
+def test_every_test_file_has_a_source():
+    """tests/<folder>/test_<file>.py mirrors src/litseek/<folder>/<file>.py, or <file>_<part>.py of it."""
+    mirrored = {p.name for p in (ROOT / "src" / "litseek").iterdir() if p.is_dir()}
+    for path in sorted((ROOT / "tests").glob("*/test_*.py")):
+        folder = path.parent.name
+        if folder not in mirrored:
+            continue
+        name = path.stem.removeprefix("test_")
+        stems = [p.stem for p in (ROOT / "src" / "litseek" / folder).glob("*.py")]
+        assert any(name == s or name.startswith(s + "_") for s in stems), f"{path} mirrors no file of {folder}"
