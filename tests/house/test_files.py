@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 from functools import cache
@@ -15,11 +16,12 @@ LIMIT = 450
 TEXT = {".py", ".md", ".yaml", ".yml", ".toml", ".txt", ".html", ".css", ".js", ".svg", ".csv", ".json", ".jsonl", ""}
 SKIPPED = {".git", ".venv", "runs", "dist", "build", "__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache"}
 
-# Written in pieces, so that this file does not find itself.
+HOMES = "work|root|home|tmp|Users|mnt"
+INDEXES = "index[-_]url|trusted[-_]host|find-links|artifactory|[.]internal[.]"
 MACHINE = {
-    "a path of one machine": r"(?<![\w.])/(?:wo" r"rk|ro" r"ot|ho" r"me|tm" r"p|Use" r"rs|mn" r"t)/[\w.]",
-    "a registry or package index": r"index" r"[-_]url|trusted" r"[-_]host|find" r"-links|artifact" r"ory|\.inter" r"nal\b",
-    "a private address": r"(?<![=\w.])(?:10|192\.168|172\.(?:1[6-9]|2\d|3[01]))(?:\.\d{1,3}){2,3}\b",
+    "a path of one machine": rf"(?<![\w.])/({HOMES})/[\w.]",
+    "a registry or package index": INDEXES,
+    "a private address": r"(?<![=\w.])(10|192\.168|172\.(1[6-9]|2\d|3[01]))(\.\d{1,3}){2,3}\b",
 }
 
 
@@ -45,14 +47,13 @@ def test_files_stay_short():
 
 
 def test_no_file_is_called_utils():
-    bad = [p for p in repository_files() if re.fullmatch(r"_*(utils?|helpers?|misc|common)", p.stem) and p.suffix == ".py"]
+    vague = re.compile(r"_*(utils?|helpers?|misc|common)\.py")
+    bad = [p for p in repository_files() if vague.fullmatch(p.name)]
     assert not bad, f"name these by what they do: {bad}"
 
 
 def test_packages_export_only():
     """``__init__.py`` holds a docstring, imports and constants such as ``__all__``; code has a name of its own."""
-    import ast
-
     allowed = (ast.Import, ast.ImportFrom, ast.Assign, ast.AnnAssign)
     for path in repository_files():
         if path.name != "__init__.py" or "tests" in path.parts:
@@ -67,7 +68,7 @@ def test_nothing_of_one_machine(what: str):
     pattern = re.compile(MACHINE[what])
     bad = []
     for path in repository_files():
-        if path.suffix not in TEXT:
+        if path.suffix not in TEXT or path == Path(__file__).resolve():
             continue
         for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
             if pattern.search(line):

@@ -40,9 +40,8 @@ def imports(tree: ast.AST, package: str) -> set[str]:
                 base = ".".join([*parents, base] if base else parents)
             found.add(base)
             found.update(f"{base}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-            if (node.value.id, node.attr) == ("torch", "distributed"):
-                found.add("torch.distributed")
+        elif isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.distributed":
+            found.add("torch.distributed")
     return found
 
 
@@ -52,7 +51,7 @@ def folder_of(module: str) -> str | None:
         return "kernels"
     if module.split(".")[0] != "litseek":
         return None
-    name = (module.split(".") + [""])[1]
+    name = module.partition(".")[2].partition(".")[0]
     if name in FLOORS:
         return name
     if name == "__main__":
