@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from litseek.data.batch import IGNORE, MicroBatch
+from litseek.losses.grpo import group_advantages
 
 
 @dataclass
@@ -106,18 +107,10 @@ def collect(
         finished=torch.tensor(finished, dtype=torch.bool),
         reward=reward,
         correct=torch.tensor(correct, dtype=torch.float32),
-        advantage=group_advantage(reward, group),
+        advantage=group_advantages(reward.view(-1, group)).reshape(-1),
         old_logprobs=torch.zeros(len(rows), width),
         ref_logprobs=torch.zeros(len(rows), 0),
     )
-
-
-def group_advantage(reward_N: Tensor, group: int) -> Tensor:
-    """(r - mean) / std within each group of G (report eq. 28); 0 for a group whose rewards are all equal."""
-    grouped = reward_N.view(-1, group)
-    std, mean = torch.std_mean(grouped, dim=1, correction=0, keepdim=True)
-    # Equal rewards can leave a rounding error of a std: dividing by it would make a signal of noise.
-    return torch.where(std > 1e-6, (grouped - mean) / std.clamp(min=1e-6), torch.zeros_like(grouped)).reshape(-1)
 
 
 def stream_seed(seed: int, *parts: int | str) -> int:
