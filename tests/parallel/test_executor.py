@@ -148,7 +148,9 @@ def test_another_action_list_gives_the_same_gradients():
     Executor(model.phases(), 2).forward_backward(batch, model.head_loss)
     wanted = grads(model)
     model.zero_grad()
-    every = [Action("F", c, m) for c in (0, 1) for m in range(3)] + [Action("B", c, m) for c in (1, 0) for m in range(3)]
+    every = [Action("F", c, m) for c in (0, 1) for m in range(3)] + [
+        Action("B", c, m) for c in (1, 0) for m in range(3)
+    ]
     Executor(model.phases(), 2).forward_backward(batch, model.head_loss, actions=every)
     for name, value in grads(model).items():
         torch.testing.assert_close(value, wanted[name], rtol=1e-5, atol=1e-6)
