@@ -1,0 +1,126 @@
+"""The report on made-up run folders: what is on the page, what is left out, what an experiment's README gets."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import random
+from pathlib import Path
+
+import pytest
+
+from litseek.cli.report import report_run
+from litseek.errors import LitseekError
+
+STAGES = {"pretrain": (2.62, 1.86), "context_32k": (1.88, 1.80), "context_128k": (1.83, 1.77), "sft": (1.1, 0.4)}
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def receipt(stage: str, metrics: dict[str, float], tokens: int, seconds: float) -> dict:
+    return {
+        "stage": stage, "config_hash": f"sha256:{hash(stage) & 0xffffffffffff:012x}", "parent_digest": "0123456789abcdef",
+        "commit": "3fa72aa0c0ffee", "tokens": tokens, "wall_seconds": seconds, "metrics": metrics,
+        "versions": {"litseek": "0.1.0", "python": "3.11.7", "torch": "2.13.0+cpu", "lightning": "2.6.6"},
+        "device": "CPU, 2 threads",
+    }  # fmt: skip
+
+
+def fake_stage(folder: Path, name: str, rng: random.Random, steps: int = 160) -> None:
+    """A stage folder of plausible numbers, in the shape that `litseek train` writes."""
+    folder.mkdir(parents=True)
+    rows: list[dict] = []
+    for step in range(1, steps + 1):
+        row: dict = {"step": step, "tokens": step * 4096}
+        if name == "grpo":
+            reward = 0.42 + 0.3 * (1 - math.exp(-step / 50)) + rng.gauss(0, 0.03)
+            row |= {"loss": rng.gauss(0, 0.01), "reward": reward, "eval/accuracy": reward if step % 40 == 0 else ""}
+        else:
+            start, end = STAGES[name]
+            row |= {"loss": end + (start - end) * 3 * math.exp(-step / 12) + rng.gauss(0, 0.03)}
+        rows.append(row)
+    with (folder / "metrics.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    if name in ("sft", "grpo"):
+        value = {"sft": 0.416, "grpo": 0.694}[name]
+        metrics = {"eval/accuracy": value, "eval/problems": 600}
+        metrics |= {"eval/accuracy_before": 0.011} if name == "sft" else {}
+        samples = [
+            {"step": 160, "prompt": "3 + 4 + 9 =", "completion": " 3 + 4 = 7; 7 + 9 = 16. <answer>16</answer>", "reward": 1.0},
+            {"step": 160, "prompt": "8 + 8 + 7 =", "completion": " 8 + 8 = 16; 16 + 7 = 22. <answer>22</answer>", "reward": 0.0},
+        ]  # fmt: skip
+    else:
+        metrics = {"val/bits_per_byte": STAGES[name][1], "val/gzip_bits_per_byte": 2.113, "val/xz_bits_per_byte": 1.978}
+        text = "(self, <b>path</b>):\n    with open(path) as file:\n        return self.read(file)"
+        samples = [{"step": 160, "prompt": "def load", "text": text}]
+    write_jsonl(folder / "samples.jsonl", samples)
+    write_jsonl(folder / "routing.jsonl", [
+        {"step": step, "layer": f"layers.{layer}.dispatch",
+         "load": [max(0.0, 512 * (1 + rng.gauss(0, 0.15) + 0.9 * math.exp(-step / 30) * math.sin(5 * e + layer)))
+                  for e in range(8)]}
+        for step in range(1, steps + 1, 4) for layer in (1, 2, 3)
+    ])  # fmt: skip
+    if name.startswith("context"):
+        old = {"context_32k": 256, "context_128k": 512}[name]
+        positions = list(range(8, 2 * old, 16))
+        base = [1.9 + 1.4 / math.sqrt(1 + p / 8) for p in positions]
+        arms = {
+            "old frequencies": [b + max(0, p - old) / old * 0.5 for b, p in zip(base, positions)],
+            "yarn untrained": [b + 0.02 + max(0, p - old) / old * 0.04 for b, p in zip(base, positions)],
+            "yarn trained": [b - 0.03 for b in base],
+        }
+        data = {"positions": positions, "arms": arms, "old_length": old, "unit": "nats per token"}
+        (folder / "loss_by_position.json").write_text(json.dumps(data), encoding="utf-8")
+    tokens, seconds = steps * 4096, {"pretrain": 150.0, "grpo": 85.0}.get(name, 55.0)
+    (folder / "receipt.json").write_text(json.dumps(receipt(name, metrics, tokens, seconds)), encoding="utf-8")
+
+
+def fake_run(folder: Path, stages: tuple[str, ...] = (*STAGES, "grpo")) -> Path:
+    rng = random.Random(0)
+    for name in stages:
+        fake_stage(folder / name, name, rng)
+    return folder
+
+
+def test_page_of_a_whole_run(tmp_path: Path):
+    path = report_run(fake_run(tmp_path / "demo"))
+    page = path.read_text(encoding="utf-8")
+    for text in ("Pre-training", "1.860", "gzip -9: 2.113", "69.4 %", "before: 1.1 %", "Loss by position", "Expert load",
+                 "Receipts", "3fa72aa0c0", "torch 2.13.0+cpu", "&lt;b&gt;path"):  # fmt: skip
+        assert text in page, text
+    assert path.stat().st_size < 3_000_000
+    for outside in ("http://", "https://"):
+        allowed = page.count(f'="{outside}www.w3.org/')  # XML namespaces are names, nothing is loaded from them
+        assert page.count(outside) == allowed, outside
+    assert "<script" not in page and "<link rel=\"icon\" href=\"data:," in page
+
+
+def test_frequencies_and_training_are_told_apart(tmp_path: Path):
+    page = report_run(fake_run(tmp_path / "demo", ("context_32k",))).read_text(encoding="utf-8")
+    assert "from the frequencies" in page and "from training" in page
+    assert "Not in this run folder: Pre-training, Context 128K, SFT, GRPO." in page
+
+
+def test_an_unfinished_stage_is_said_to_be(tmp_path: Path):
+    folder = fake_run(tmp_path / "demo", ("pretrain", "sft"))
+    (folder / "sft" / "receipt.json").unlink()
+    page = report_run(folder).read_text(encoding="utf-8")
+    assert "Not finished, so without a receipt: SFT." in page
+
+
+def test_bad_folders_are_named(tmp_path: Path):
+    with pytest.raises(LitseekError, match="no such folder"):
+        report_run(tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(LitseekError, match="no stage with a receipt"):
+        report_run(tmp_path / "empty")
+    folder = fake_run(tmp_path / "demo", ("pretrain",))
+    with (folder / "pretrain" / "samples.jsonl").open("a", encoding="utf-8") as file:
+        file.write("{broken\n")
+    with pytest.raises(LitseekError, match=r"samples\.jsonl, line 2: not JSON"):
+        report_run(folder)
