@@ -1,0 +1,18 @@
+"""Optimizers, schedules, balance-bias update, clipping and the average of weights."""
+
+from litseek.optim.adamw import AdamW, AdamWConfig, set_lr
+from litseek.optim.balance import update_bias_
+from litseek.optim.clip import clip_grad_norm_, grad_norm
+from litseek.optim.schedules import BatchRamp, LRSchedule, Steps
+
+__all__ = [
+    "AdamW",
+    "AdamWConfig",
+    "BatchRamp",
+    "LRSchedule",
+    "Steps",
+    "clip_grad_norm_",
+    "grad_norm",
+    "set_lr",
+    "update_bias_",
+]
