@@ -1,0 +1,78 @@
+"""The `litseek` command: finds the command, composes its configuration, runs it, and turns errors into one sentence."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from dataclasses import dataclass
+
+from litseek.cli import help as help_text
+from litseek.cli.compose import Composed, jobs
+from litseek.cli.errors import Usage, describe, wants_traceback
+from litseek.cli.overrides import Request, parse
+
+
+@dataclass(frozen=True)
+class Command:
+    """One row of `litseek --help`. `module` offers `run(cfg)`; `positional` is the key of a bare first argument."""
+
+    module: str
+    line: str
+    positional: str | None = None
+
+
+COMMANDS = {
+    "train": Command("litseek.cli.train", "train one stage: stage=pretrain, context_32k, context_128k, sft or grpo"),
+    "pipeline": Command("litseek.cli.pipeline", "run all stages in order, each from its parent; finished ones are skipped"),
+    "generate": Command("litseek.cli.generate", "answer a prompt, a file of prompts, or chat when there is no prompt"),
+    "convert": Command("litseek.cli.convert", "read and write the released Hugging Face layout, FP8 or BF16"),
+    "report": Command("litseek.cli.report", "turn a run or an experiments folder into a page, tables and plots", "folder"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0 done, 1 refused or failed, 2 not understood, 130 interrupted."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(help_text.overview({name: command.line for name, command in COMMANDS.items()}))
+        return 0 if argv else 2
+    traceback = wants_traceback(argv)
+    try:
+        return _run(argv[0], argv[1:])
+    except KeyboardInterrupt:
+        print("litseek: interrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output (head, a pager) left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if traceback:
+            raise
+        print(f"litseek: {describe(error)}", file=sys.stderr)
+        return 2 if isinstance(error, Usage) else 1
+
+
+def _run(name: str, argv: list[str]) -> int:
+    if name not in COMMANDS:
+        raise Usage.nearest(f"'{name}' is not a command", name, COMMANDS)
+    command = COMMANDS[name]
+    if {"-h", "--help"} & set(argv):
+        print(help_text.command(name, command.line))
+        return 0
+    request: Request = parse(argv, positional=command.positional)
+    composed: list[Composed] = jobs(name, request)
+    if request.show:
+        for job in composed:
+            print(job.yaml(), end="")
+        return 0
+    run = importlib.import_module(command.module).run
+    for number, job in enumerate(composed, 1):
+        if len(composed) > 1:
+            print(f"[{number}/{len(composed)}] {job.title}", flush=True)
+        run(job.cfg)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,142 @@
+"""Checks before any work: unknown keys, missing values, arguments that a class does not take."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from hydra.errors import HydraException
+from hydra.utils import get_object
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from litseek.cli.errors import Usage, suggest
+from litseek.cli.overrides import key_of
+
+_ABSENT = object()
+
+FILLED = {"stage": {"model", "precision", "optim", "data", "seed"}}
+"""Arguments that the command hands over itself, by the config key of the object that takes them."""
+
+
+def is_value(override: str, conf: Path) -> bool:
+    """Whether an override sets a key, rather than choosing a file of a group."""
+    key = key_of(override)
+    return "@" not in key and not (conf / key).is_dir() and not key.startswith("hydra.")
+
+
+def allow(override: str, base: DictConfig) -> str:
+    """`override` with a `+` where its key is absent from the files and yet an argument of the object it belongs to."""
+    key = key_of(override)
+    parts = key.split(".")
+    if override[0] in "+~" or OmegaConf.select(base, key, default=_ABSENT, throw_on_missing=False) is not _ABSENT:
+        return override
+    for i in range(len(parts) - 1, 0, -1):
+        node = OmegaConf.select(base, ".".join(parts[:i]))
+        if OmegaConf.is_dict(node) and "_target_" in node:
+            try:
+                taken = inspect.signature(get_object(node._target_)).parameters
+            except HydraException:
+                return override
+            return f"+{override}" if parts[i] in taken else override
+    return override
+
+
+def explain(error: Exception, overrides: list[str], compose: Callable[[list[str]], DictConfig], conf: Path) -> Usage:
+    """Hydra's error as one sentence: the override at fault, its value, and the nearest thing that exists."""
+    groups = {p.name for p in conf.iterdir() if p.is_dir()}
+    for override in overrides:
+        key, value = key_of(override), override.partition("=")[2]
+        if key in groups and not override.startswith("~"):
+            choices = {str(p.relative_to(conf / key).with_suffix("")) for p in (conf / key).rglob("*.yaml")}
+            if value not in choices and value not in ("null", "???"):
+                return Usage.nearest(f"{key}={value} is not in conf/{key}", value, choices)
+    chosen = [o for o in overrides if not is_value(o, conf)]
+    if len(chosen) < len(overrides):
+        try:
+            base = compose(chosen)
+        except Usage as deeper:
+            return deeper
+        known = set(_paths(base)) | groups
+        for override in overrides:
+            key, value = key_of(override), override.partition("=")[2]
+            if override not in chosen and not override.startswith("+") and key not in known:
+                return Usage.nearest(f"{key}={value}: there is no key '{key}'", key, known)
+    text = re.sub(r"\s*\n\s*", " ", str(error).split("\nConfig search path")[0]).strip()
+    return Usage(f"{text.rstrip('.')}.")
+
+
+def check_root(cfg: DictConfig, known: set[str], where: str) -> None:
+    """A misspelt key in an arm or a preset would otherwise be added silently and do nothing."""
+    for key in map(str, cfg):
+        if key not in known:
+            raise Usage.nearest(f"{where} sets '{key}', which is not a key of the configuration", key, known)
+
+
+def check_missing(cfg: DictConfig, about: str) -> None:
+    """`???` that nobody filled."""
+    if missing := sorted(OmegaConf.missing_keys(cfg)):
+        raise Usage(f"{about} needs {' and '.join(missing)}: give {' '.join(f'{key}=…' for key in missing)}.")
+
+
+def check_targets(cfg: DictConfig) -> None:
+    """Every `_target_` exists and takes the arguments beside it; so a typo in a file stops like one on the command line."""
+    try:
+        plain = OmegaConf.to_container(cfg, resolve=True)
+    except OmegaConfBaseException as error:
+        raise Usage(re.sub(r"\s*\n\s*", " ", str(error)).strip().rstrip(".") + ".") from error
+    for path, node in _targets(plain):
+        check_call(path, node)
+
+
+def check_call(path: str, node: dict[str, Any]) -> None:
+    """`node`'s keys against the signature of its `_target_`."""
+    try:
+        target = get_object(node["_target_"])
+    except HydraException as error:
+        raise Usage(f"{path}._target_={node['_target_']} cannot be imported: {_inner(error)}.") from error
+    if node.get("_partial_"):
+        return
+    parameters = inspect.signature(target).parameters
+    filled = FILLED.get(path, set())
+    given = {key for key in node if not key.startswith("_")}
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    for key in sorted(given - set(parameters)):
+        if not open_ended:
+            what = f"{path}.{key}={node[key]!r}: {target.__name__} has no setting '{key}'"
+            raise Usage(f"{what}{suggest(key, set(parameters) - filled - {'self'})}")
+    needed = {
+        name for name, p in parameters.items() if p.default is p.empty and p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)
+    }
+    if absent := sorted(needed - given - filled):
+        raise Usage(f"{target.__name__} needs {' and '.join(f'{path}.{key}' for key in absent)}, which nothing sets.")
+
+
+def _inner(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return re.sub(r"\s*\n\s*", " ", str(error)).rstrip(".")
+
+
+def _targets(node: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    if isinstance(node, dict):
+        if "_target_" in node:
+            yield path, node
+        for key, value in node.items():
+            yield from _targets(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(node, list):
+        for i, value in enumerate(node):
+            yield from _targets(value, f"{path}[{i}]")
+
+
+def _paths(cfg: Any, prefix: str = "") -> Iterator[str]:
+    """Dotted names of every key, inner ones too."""
+    if OmegaConf.is_dict(cfg):
+        for key in cfg:
+            path = f"{prefix}.{key}" if prefix else str(key)
+            yield path
+            if not OmegaConf.is_missing(cfg, key) and not OmegaConf.is_interpolation(cfg, key):
+                yield from _paths(cfg[key], path)

@@ -1,0 +1,222 @@
+"""From a command line to checked configurations: defaults < model < stage < preset < experiment arm < command line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+import litseek
+from litseek.cli.check import allow, check_missing, check_root, check_targets, explain, is_value
+from litseek.cli.errors import Usage
+from litseek.cli.overrides import Request, expand, key_of, swept_keys
+
+STAGED = ("train", "pipeline")
+"""Commands that have stages, presets, experiment arms and a run folder named after them."""
+
+
+PARENT = "parent:"
+"""Stands for the run folder in a pipeline stage's `init_from` until the run has its name."""
+
+
+@dataclass(frozen=True)
+class Composed:
+    """One job: its configuration, what it came from, and the group choices that Hydra made."""
+
+    cfg: DictConfig
+    overrides: tuple[str, ...]
+    choices: dict[str, Any] = field(default_factory=dict)
+    title: str = ""
+
+    def yaml(self) -> str:
+        return OmegaConf.to_yaml(self.cfg, resolve=True)
+
+
+def conf_dir() -> Path:
+    """`conf/` beside the package in an installed wheel, else at the top of the repository."""
+    package = Path(litseek.__file__).resolve().parent
+    for folder in (package / "conf", package.parents[1] / "conf"):
+        if (folder / "train.yaml").is_file():
+            return folder
+    raise Usage(f"no conf/train.yaml beside {package} nor at the top of its repository: the installation is incomplete.")
+
+
+def experiments_roots() -> list[Path]:
+    """Folders that hold `experiments/`: the current one first, then the repository's."""
+    roots = [Path.cwd(), conf_dir().parent]
+    return [root for i, root in enumerate(roots) if (root / "experiments").is_dir() and root not in roots[:i]]
+
+
+def jobs(command: str, request: Request) -> list[Composed]:
+    """Every job of a request, all composed and checked before the first one starts."""
+    swept = swept_keys(request)
+    composed = []
+    for overrides in expand(request):
+        job = compose(command, overrides, sweep=swept if request.multirun else None)
+        composed.append(job)
+    folders = [str(job.cfg.run_dir) for job in composed if command in STAGED]
+    assert len(folders) == len(set(folders)), "two jobs of one sweep share a run folder"
+    return composed
+
+
+def compose(command: str, overrides: tuple[str, ...], sweep: list[str] | None = None) -> Composed:
+    """One checked configuration. `sweep` names the keys that vary between the jobs of a sweep (None: no sweep)."""
+    if not (conf_dir() / f"{command}.yaml").is_file():
+        raise Usage(f"{conf_dir() / (command + '.yaml')} is missing: the installation is incomplete.")
+    if command == "train":
+        cfg, choices = _train(overrides)
+    elif command == "pipeline":
+        cfg, choices = _pipeline(overrides)
+    else:
+        with _hydra():
+            cfg, choices = _compose(command, list(overrides))
+    if command in STAGED:
+        _name_run(cfg, overrides, choices, sweep)
+    check_missing(cfg, f"stage={choices['stage']}" if command == "train" else f"litseek {command}")
+    check_targets(cfg)
+    OmegaConf.set_struct(cfg, True)
+    return Composed(cfg, overrides, choices, title=" ".join(o for o in overrides if key_of(o) in (sweep or ())))
+
+
+def _train(overrides: tuple[str, ...]) -> tuple[DictConfig, dict[str, Any]]:
+    """conf/train.yaml with the preset and the experiment arm put where they take precedence."""
+    preset, arm = _take(overrides, "preset"), _take(overrides, "experiment")
+    plain = [o for o in overrides if key_of(o) not in ("preset", "experiment")]
+    with _hydra():
+        known = set(_compose("train", [])[0])
+        if arm:
+            plain.append(_arm_override(arm))
+        if preset:
+            plain.append(_preset_override(preset, plain))
+        cfg, choices = _compose("train", plain)
+    check_root(cfg, known, where=f"experiment={arm}" if arm else f"preset={preset}")
+    with open_dict(cfg):
+        cfg.preset, cfg.experiment = preset, arm
+    return cfg, choices
+
+
+def _pipeline(overrides: tuple[str, ...]) -> tuple[DictConfig, dict[str, Any]]:
+    """conf/pipeline.yaml with every stage's configuration under `jobs`, in order.
+
+    A setting of pipeline.yaml stays here, `<stage>.key=value` goes to that stage and anything else to all of them.
+    """
+    with _hydra():
+        own = set(_compose("pipeline", [])[0])
+        mine = [o for o in overrides if key_of(o) in own]
+        cfg, _ = _compose("pipeline", mine)
+    allowed = [p.stem for p in sorted((conf_dir() / "stage").glob("*.yaml"))]
+    for stage in [*cfg.stages, *([cfg.start] if cfg.start else [])]:
+        if stage not in allowed:
+            raise Usage.nearest(f"'{stage}' is not a stage", str(stage), allowed)
+    if cfg.start and cfg.start not in cfg.stages:
+        raise Usage(f"start={cfg.start} is not among stages={list(cfg.stages)}.")
+    shared = [o for o in overrides if key_of(o) not in own or key_of(o) in ("seed", "preset", "experiment", "debug")]
+    scoped = {s: [o for o in shared if key_of(o).startswith(f"{s}.")] for s in allowed}
+    common = [o for o in shared if not any(o in of_stage for of_stage in scoped.values())]
+    jobs: dict[str, DictConfig] = {}
+    choices: dict[str, Any] = {}
+    parent = cfg.init_from
+    for stage in cfg.stages:
+        only = [o.replace(f"{stage}.", "", 1) for o in scoped[stage]]
+        start = [f"init_from={_quote(str(parent))}"] if parent else []
+        jobs[stage], chosen = _train((f"stage={stage}", *start, *common, *only))
+        choices = choices or chosen
+        parent = f"{PARENT}{stage}"
+    with open_dict(cfg):
+        cfg.preset, cfg.experiment = _take(overrides, "preset"), _take(overrides, "experiment")
+        cfg.jobs = jobs
+    return cfg, choices
+
+
+def _name_run(cfg: DictConfig, overrides: tuple[str, ...], choices: dict[str, Any], sweep: list[str] | None) -> None:
+    """Fill in `run_dir`, in a pipeline's stages too, whose parents are the stages before them in the same folder."""
+    cfg.run_dir = _run_dir(cfg, overrides, choices, sweep)
+    for job in cfg.get("jobs", {}).values():
+        job.run_dir = cfg.run_dir
+        if job.init_from and str(job.init_from).startswith(PARENT):
+            job.init_from = str(Path(cfg.run_dir) / str(job.init_from).removeprefix(PARENT))
+
+
+@contextmanager
+def _hydra() -> Iterator[None]:
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3", job_name="litseek"):
+        yield
+
+
+def _compose(command: str, overrides: list[str]) -> tuple[DictConfig, dict[str, Any]]:
+    """Hydra's composition. A key that its object takes but no file mentions (`model.seq_aux`) needs no `+`."""
+    search = ["hydra.searchpath=[" + ",".join(_quote(f"file://{root}") for root in experiments_roots()) + "]"]
+    try:
+        if any(is_value(o, conf_dir()) for o in overrides):
+            base = hydra_compose(command, [o for o in overrides if not is_value(o, conf_dir())] + search)
+            overrides = [allow(o, base) if is_value(o, conf_dir()) else o for o in overrides]
+        cfg = hydra_compose(command, [*overrides, *search], return_hydra_config=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise explain(error, overrides, lambda some: _compose(command, some)[0], conf_dir()) from error
+    choices = {k: v for k, v in cfg.hydra.runtime.choices.items() if not k.startswith("hydra/")}
+    with open_dict(cfg):
+        del cfg["hydra"]
+    return cfg, choices
+
+
+def _quote(text: str) -> str:
+    return QuotedString(text, Quote.single).with_quotes()
+
+
+def _take(overrides: tuple[str, ...], key: str) -> str | None:
+    values = [o.partition("=")[2] for o in overrides if key_of(o) == key]
+    return None if not values or values[-1] in ("", "null") else values[-1]
+
+
+def _arm_override(arm: str) -> str:
+    """`experiment=a/b` becomes a group choice that comes last, so that it wins over stage and preset."""
+    found = [str(path.relative_to(root / "experiments").with_suffix(""))
+             for root in experiments_roots() for path in sorted((root / "experiments").glob("*/*.yaml"))]
+    if arm not in found:
+        raise Usage.nearest(f"experiment={arm} has no file experiments/{arm}.yaml", arm, found)
+    return f"+experiments@_global_={arm}"
+
+
+def _preset_override(preset: str, others: list[str]) -> str:
+    """A preset is one file, or a folder with one file a stage: conf/preset/demo/sft.yaml."""
+    folder = conf_dir() / "preset"
+    if (folder / f"{preset}.yaml").is_file():
+        return f"preset={preset}"
+    if not (folder / preset).is_dir():
+        raise Usage.nearest(f"preset={preset} is not in conf/preset", preset, {p.stem for p in folder.iterdir()})
+    stage = _compose("train", others)[1]["stage"]
+    if not (folder / preset / f"{stage}.yaml").is_file():
+        have = sorted(p.stem for p in (folder / preset).glob("*.yaml"))
+        raise Usage(f"preset={preset} says nothing about stage={stage}; it has {', '.join(have)}.")
+    return f"preset={preset}/{stage}"
+
+
+def _run_dir(cfg: DictConfig, overrides: tuple[str, ...], choices: dict[str, Any], sweep: list[str] | None) -> str:
+    """`runs/<preset or model>`; an arm goes to `runs/<folder>/<arm>/seed=<n>`; a sweep adds what varies.
+
+    `run_dir=` on the command line is taken as it is, and under -m it replaces `runs`.
+    """
+    given = any(key_of(o) == "run_dir" for o in overrides)
+    if given and sweep is None:
+        return str(cfg.run_dir)
+    base = Path(cfg.run_dir) if given else Path("runs")
+    if not cfg.experiment and not given:
+        base = base / str(cfg.preset or choices.get("model", "default"))
+    parts = [cfg.experiment] if cfg.experiment else []
+    varied = [o for o in overrides if key_of(o) in (sweep or []) and key_of(o) not in ("experiment", "seed")]
+    if varied:
+        parts.append(",".join(o.lstrip("+").replace("/", ":") for o in varied))
+    if cfg.experiment or "seed" in (sweep or []):
+        parts.append(f"seed={cfg.seed}")
+    return str(base.joinpath(*parts))
