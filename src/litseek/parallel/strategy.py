@@ -1,0 +1,309 @@
+"""The Lightning strategy that runs a stage's micro-batches through the executor (report §3.2).
+
+Lightning's closure runs training_step, zero_grad and backward in this order. Here the executor has already run
+backward inside training_step, so gradients are cleared when a step starts, `optimizer_zero_grad` of the stage does
+nothing, and `backward` only calls the hooks. Automatic optimization stays on: clipping, schedulers and callbacks work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities.distributed import ReduceOp, _init_dist_connection, _sync_ddp_if_available
+from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_zero_only
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins import Precision
+from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from torch import Tensor
+from torch.optim import Optimizer
+
+from litseek.data.batch import MicroBatch
+from litseek.parallel import checkpoint
+from litseek.parallel.executor import Executor, HeadLoss, StepResult
+
+BUCKET = 2**24
+"""Gradient elements that one all-reduce carries: 64 MB of float32."""
+
+
+class LitseekStrategy(ParallelStrategy):
+    """One process or plain data parallelism; both run the same executor.
+
+    ``chunks`` cuts the model for the executor. ``recompute`` names the phases that run again in backward instead of
+    keeping their activations, by their last part: "attend", "experts", or "all".
+    """
+
+    is_distributed = True  # without it Lightning injects no sampler into a user's own DataLoader
+
+    def __init__(
+        self,
+        chunks: int = 1,
+        recompute: Sequence[str] = (),
+        backend: str | None = None,
+        timeout_s: float = 1800,
+        **plugins: Any,
+    ) -> None:
+        super().__init__(**plugins)
+        self.num_chunks, self.recompute = chunks, tuple(recompute)
+        self.backend, self.timeout = backend, timedelta(seconds=timeout_s)
+        self.num_nodes = 1
+        self._executor: Executor | None = None
+        self.step_result: StepResult | None = None
+
+    # -- processes ----------------------------------------------------------------------------------------------
+
+    @property
+    def root_device(self) -> torch.device:
+        assert self.parallel_devices is not None
+        return self.parallel_devices[self.local_rank]
+
+    @property
+    def dp(self) -> int:
+        """Ranks that share a global batch."""
+        return self.world_size
+
+    @property
+    def dp_rank(self) -> int:
+        return self.global_rank
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        return {"num_replicas": self.world_size, "rank": self.global_rank}
+
+    def set_world_ranks(self) -> None:
+        assert self.cluster_environment is not None and self.parallel_devices is not None
+        self.cluster_environment.set_global_rank(self.node_rank * len(self.parallel_devices) + self.local_rank)
+        self.cluster_environment.set_world_size(self.num_nodes * len(self.parallel_devices))
+        rank_zero_only.rank = fabric_rank_zero_only.rank = self.global_rank
+
+    def _configure_launcher(self) -> None:
+        assert self.cluster_environment is not None and self.parallel_devices is not None
+        processes = len(self.parallel_devices)
+        if processes * self.num_nodes > 1:
+            self._launcher = _SubprocessScriptLauncher(self.cluster_environment, processes, self.num_nodes)
+
+    def setup_environment(self) -> None:
+        if type(self.precision_plugin) is not Precision:
+            raise ValueError(
+                f"trainer.precision asks for {type(self.precision_plugin).__name__}, but precision is built into the "
+                "model: leave trainer.precision out and choose precision=fp32 or precision=bf16."
+            )
+        super().setup_environment()
+        self.set_world_ranks()
+        if self.world_size > 1:
+            assert self.cluster_environment is not None
+            backend = self.backend or ("nccl" if self.root_device.type == "cuda" else "gloo")
+            device = None if backend == "gloo" else self.root_device
+            _init_dist_connection(self.cluster_environment, backend, timeout=self.timeout, device_id=device)
+
+    def setup(self, trainer: Trainer) -> None:
+        if trainer.accumulate_grad_batches != 1:
+            raise ValueError(
+                f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches} is not supported, only 1: "
+                "one step is one global batch; raise stage.batch or lower stage.micro_batch instead."
+            )
+        super().setup(trainer)
+        if self.world_size > 1:
+            for tensor in self._module.state_dict().values():
+                dist.broadcast(tensor, 0)
+
+    def model_to_device(self) -> None:
+        assert self.model is not None
+        self.model.to(self.root_device)
+
+    def barrier(self, name: str | None = None) -> None:
+        if self.world_size > 1 and dist.is_initialized():
+            dist.barrier()
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        if self.world_size == 1 or not dist.is_initialized():
+            return obj
+        box = [obj]
+        dist.broadcast_object_list(box, src)
+        return box[0]
+
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: ReduceOp | str | None = "mean") -> Any:
+        return _sync_ddp_if_available(tensor, group, reduce_op=reduce_op) if isinstance(tensor, Tensor) else tensor
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum over all ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(value)
+        return value
+
+    # -- the step -----------------------------------------------------------------------------------------------
+
+    @property
+    def executor(self) -> Executor:
+        if self._executor is None:
+            chosen = set(self.recompute)
+            self._executor = Executor(
+                self._module.phases(),
+                self.num_chunks,
+                recompute=lambda name: "all" in chosen or name.rpartition(".")[2] in chosen,
+            )
+        return self._executor
+
+    def forward_backward(self, micros: Sequence[MicroBatch], head_loss: HeadLoss) -> StepResult:
+        """Loss and gradients of the global batch, of which ``micros`` are this rank's part; equal on all ranks."""
+        mine = torch.tensor(sum(micro.targets for micro in micros), dtype=torch.float64, device=self.root_device)
+        total = float(self.sum(mine))
+        # gradients and losses are averaged over ranks below, hence the division here
+        result = self.executor.forward_backward(micros, head_loss, total_targets=total / self.dp)
+        self._reduce(result)
+        grads = self._reduce_grads()
+        result.grad_norm = torch.nn.utils.get_total_norm(grads)
+        result.finite = bool(torch.isfinite(result.loss) & torch.isfinite(result.grad_norm))
+        self.step_result = result
+        return result
+
+    def _reduce(self, result: StepResult) -> None:
+        if self.world_size == 1:
+            return
+        names = sorted(result.metrics)
+        scalars = torch.stack([result.loss.double(), *(result.metrics[n].double() for n in names)])
+        scalars = (self.sum(scalars) / self.dp).to(result.loss.dtype)
+        result.loss = scalars[0]
+        result.metrics = dict(zip(names, scalars[1:]))
+        for name in sorted(result.loads):
+            self.sum(result.loads[name])
+
+    def _reduce_grads(self) -> list[Tensor]:
+        """Average every gradient over the ranks; a parameter that got none has a gradient of zeros."""
+        grads = []
+        for parameter in self._module.parameters():
+            if parameter.requires_grad:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                grads.append(parameter.grad)
+        if self.world_size > 1:
+            for bucket in _buckets(grads):
+                flat = torch.cat([grad.flatten() for grad in bucket])
+                dist.all_reduce(flat)
+                flat /= self.dp
+                parts = flat.split([grad.numel() for grad in bucket])
+                torch._foreach_copy_(bucket, [part.view_as(grad) for part, grad in zip(parts, bucket)])
+        return grads
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        for parameter in self._module.parameters():
+            parameter.grad = None
+        return super().training_step(*args, **kwargs)
+
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        """Only the hooks: the executor ran backward in training_step."""
+        assert self.lightning_module is not None
+        closure_loss = self.precision_plugin.pre_backward(closure_loss, self.lightning_module)
+        return self.precision_plugin.post_backward(closure_loss, self.lightning_module)
+
+    def optimizer_step(
+        self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any
+    ) -> Any:
+        """Run the closure, clip, then step unless the loss or the gradient is not finite."""
+        module = model or self.lightning_module
+        assert isinstance(module, LightningModule)
+        loss = closure()
+        self.precision_plugin._after_closure(module, optimizer)
+        if self.step_result is None or self.step_result.finite:
+            optimizer.step(**kwargs)
+        return loss
+
+    def clip_gradients(self, max_norm: float) -> None:
+        """Scale gradients so that the norm found by `forward_backward` is at most ``max_norm``."""
+        assert self.step_result is not None and self.step_result.grad_norm is not None
+        scale = (max_norm / (self.step_result.grad_norm + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_([p.grad for p in self._module.parameters() if p.grad is not None], scale)
+
+    # -- checkpoints --------------------------------------------------------------------------------------------
+
+    @property
+    def _module(self) -> Any:
+        """The model of the stage: what is trained and saved under global names."""
+        assert self.lightning_module is not None
+        return self.lightning_module.model
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        return self._module.state_dict()
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        self._module.load_state_dict(checkpoint["state_dict"], strict=strict)
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The optimizer's state under parameter names instead of numbers."""
+        names = {parameter: name for name, parameter in self._module.named_parameters()}
+        return {
+            "state": {names[p]: dict(state) for p, state in optimizer.state.items()},
+            "param_groups": [group | {"params": [names[p] for p in group["params"]]} for group in optimizer.param_groups],
+        }
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Back by name, each tensor in the dtype it was saved in: `Optimizer.load_state_dict` would widen BF16 moments."""
+        parameters = dict(self._module.named_parameters())
+        for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"]):
+            optimizer.state.clear()
+            for name, state in saved["state"].items():
+                parameter = parameters[name]
+                optimizer.state[parameter] = {
+                    key: value.to(parameter.device) if isinstance(value, Tensor) and key != "step" else value
+                    for key, value in state.items()
+                }
+            for group, stored in zip(optimizer.param_groups, saved["param_groups"]):
+                group.update({key: value for key, value in stored.items() if key != "params"})
+
+    def save_checkpoint(self, checkpoint_: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        state = checkpoint_ | {"random": self._gathered(checkpoint.random_state())}
+        failure: Exception | None = None
+        if self.is_global_zero:
+            try:
+                checkpoint.save(Path(filepath), state, **self.lightning_module.checkpoint_files())
+            except Exception as error:  # told to every rank below, or the others would wait for ever
+                failure = error
+        message = self.broadcast(None if failure is None else str(failure))
+        if failure is not None:
+            raise failure
+        if message is not None:
+            raise checkpoint.LitseekError(message)
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        state = checkpoint.load(Path(checkpoint_path))
+        states = state.pop("random", [])
+        if self.global_rank < len(states):
+            # set when training starts: building the optimizer and the data loader may still draw
+            self._random = states[self.global_rank]
+        return state
+
+    def on_train_start(self) -> None:
+        state, self._random = self._random, None
+        if state is not None:
+            checkpoint.set_random_state(state)
+
+    def remove_checkpoint(self, filepath: str | Path) -> None:
+        if self.is_global_zero:
+            checkpoint.remove(Path(filepath))
+
+    _random: dict[str, Any] | None = None
+
+    def _gathered(self, value: Any) -> list[Any]:
+        if self.world_size == 1:
+            return [value]
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+
+def _buckets(grads: list[Tensor]) -> list[list[Tensor]]:
+    buckets: list[list[Tensor]] = []
+    room = 0
+    for grad in grads:
+        if grad.numel() > room or buckets[-1][0].dtype != grad.dtype:
+            buckets.append([])
+            room = BUCKET
+        buckets[-1].append(grad)
+        room -= grad.numel()
+    return buckets
