@@ -160,9 +160,9 @@ class AdamWConfig:
 
     def split(self, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> list[dict[str, Any]]:
         """Parameter groups: with weight decay, and without where there are any."""
-        decayed, exempt = [], []
-        for name, param in named_parameters:
-            (decayed if self.decay_norms or param.ndim > 1 else exempt).append((name, param))
+        named = list(named_parameters)
+        exempt = [] if self.decay_norms else [(name, param) for name, param in named if param.ndim < 2]
+        decayed = [pair for pair in named if self.decay_norms or pair[1].ndim >= 2]
         groups: list[dict[str, Any]] = [{"params": decayed}, {"params": exempt, "weight_decay": 0.0}]
         return [group for group in groups if group["params"]]
 

@@ -46,7 +46,7 @@ class LRSchedule:
         """Rate of the step that comes after ``step`` finished steps and ``tokens`` trained tokens; 0 at the very first
         step of a warm-up, ``peak`` after ``warmup_steps``."""
         warmup = min(1.0, step / self.warmup_steps) if self.warmup_steps else 1.0
-        at = tokens if self.unit == "tokens" else step
+        at: float = tokens if self.unit == "tokens" else step
         rate = self.peak
         for shape, length, to in self.phases:
             if at < length:

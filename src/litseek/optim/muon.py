@@ -1,0 +1,96 @@
+"""Muon for hidden matrices, AdamW for the rest: an option, not the report's. Letters: M matrices, R rows, C columns.
+
+Muon (Jordan 2024) replaces a matrix's momentum by the nearest semi-orthogonal matrix; the scale 0.2 * sqrt(max(R, C))
+(Liu et al., arXiv 2502.16982) gives its update AdamW's size, so that both share one learning rate and one decay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from litseek.optim.adamw import MOMENTS, AdamW, AdamWConfig
+from litseek.optim.schedules import LRSchedule
+
+
+class Muon(AdamW):
+    """Groups with ``muon`` True take orthogonalised Nesterov momentum, the others AdamW."""
+
+    momentum = 0.95
+    newton_schulz_steps = 5
+
+    def _moments_of(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return ("momentum",) if group.get("muon") else super()._moments_of(group)
+
+    def _step_group(self, group: dict[str, Any], params: Sequence[Tensor]) -> None:
+        if not group.get("muon"):
+            return super()._step_group(group, params)
+        by_shape: dict[tuple[int, int], list[Tensor]] = {}
+        for param in params:
+            by_shape.setdefault((param.shape[-2], param.shape[-1]), []).append(param)
+        for shape, alike in by_shape.items():  # one batched iteration a shape: small matrices alone waste the cores
+            update_MRC = orthogonal(torch.cat([self._direction(p, group) for p in alike]), self.newton_schulz_steps)
+            scale = 0.2 * max(shape) ** 0.5
+            for param, update in zip(alike, update_MRC.split([p.numel() // (shape[0] * shape[1]) for p in alike])):
+                param.mul_(1 - group["lr"] * group["weight_decay"])
+                param.add_(update.reshape(param.shape), alpha=-group["lr"] * scale)
+        return None
+
+    def _direction(self, param: Tensor, group: dict[str, Any]) -> Tensor:
+        """Nesterov momentum as (M, R, C); the moment is rounded to its dtype only after use."""
+        assert param.grad is not None
+        state = self._state(param, group)
+        state["step"].add_(1)
+        grad = param.grad.to(param.dtype)
+        momentum = state["momentum"].to(param.dtype).lerp_(grad, 1 - self.momentum)
+        state["momentum"].copy_(momentum)
+        return torch.lerp(grad, momentum, self.momentum).reshape(-1, *param.shape[-2:])
+
+
+def orthogonal(x_MRC: Tensor, steps: int) -> Tensor:
+    """Roughly the nearest semi-orthogonal matrix of each: singular values between 0.7 and 1.2 after five
+    Newton-Schulz steps with Jordan's quintic (3.4445, -4.7750, 2.0315). BF16 on a GPU, float32 on the CPU."""
+    dtype = x_MRC.dtype
+    flat = x_MRC.shape[1] > x_MRC.shape[2]
+    x = x_MRC.mT if flat else x_MRC
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    x = x.bfloat16() if x.is_cuda else x
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = 3.4445 * x + torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315) @ x
+    return (x.mT if flat else x).to(dtype)
+
+
+class MuonConfig(AdamWConfig):
+    """What ``conf/optim/muon.yaml`` holds: AdamW's keys, and ``adamw_names``.
+
+    Matrices and stacked experts (E, R, C) take Muon unless a part of ``adamw_names`` is in their name. Experts'
+    joined gate and up projections count as one matrix.
+    """
+
+    def __init__(
+        self,
+        lr: float = 3e-3,
+        betas: Sequence[float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.1,
+        decay_norms: bool = True,
+        moments: str = "bf16",
+        clip: float = 1.0,
+        schedule: LRSchedule | None = None,
+        adamw_names: Sequence[str] = ("embed_tokens", "lm_head", "mlp.gate.weight"),
+    ):
+        super().__init__(lr, betas, eps, weight_decay, decay_norms, moments, clip, schedule)
+        self.adamw_names = tuple(adamw_names)
+
+    def build(self, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> Muon:
+        """The optimizer over these parameters; the groups carry their global names (``param_names``)."""
+        named = list(named_parameters)
+        hidden = [(n, p) for n, p in named if p.ndim >= 2 and not any(part in n for part in self.adamw_names)]
+        taken = {name for name, _ in hidden}
+        groups: list[dict[str, Any]] = [{"params": hidden, "muon": True}] if hidden else []
+        groups += self.split(pair for pair in named if pair[0] not in taken)
+        return Muon(groups, self.lr, self.betas, self.eps, self.weight_decay, MOMENTS[self.moments])
