@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
 from litseek_kernels.ref.grouped_gemm import grouped_mm
 from litseek_kernels.ref.swiglu import swiglu
+from torch import Tensor, nn
 
 
 class Linear(nn.Module):

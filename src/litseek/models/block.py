@@ -1,0 +1,136 @@
+"""A Transformer block as a list of phases: attend, dispatch, experts, combine (report §3.2).
+
+A phase maps a state to a state and is an autograd segment of its own: an executor may run it on detached inputs, keep
+what backward needs, recompute it, or run another block's phase in between. Calling phases in order is the plain block.
+Letters: B batch, S sequence, T = B * S tokens, D model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from litseek.data.batch import MicroBatch
+from litseek.models.config import DeepSeekV3Config
+from litseek.models.dispatch import Dispatcher, LocalDispatcher
+from litseek.models.mla import MLA, LayerCache
+from litseek.models.moe import MoE, SwiGLU
+from litseek.models.norm import RMSNorm
+from litseek.models.recompute import keep_products
+from litseek.precision import Precision
+
+State = dict[str, Any]
+"""Named values between phases. Floating tensors carry gradients; integer tensors and a dispatch plan just pass.
+
+"x" is the residual stream (B, S, D). Two keys never travel: "aux" (auxiliary loss of this phase, a scalar) and "load"
+((E,) int64 tokens an expert): whoever runs the phases takes them out.
+"""
+
+
+@dataclass(frozen=True, eq=False)
+class Phase:
+    """One segment. ``finish`` is None unless the phase talks to other ranks: then ``run`` only starts it, and returns
+    what ``finish`` turns into the next state."""
+
+    name: str
+    run: Callable[[State, MicroBatch], State]
+    modules: tuple[nn.Module, ...]
+    """Whose parameters it uses."""
+    finish: Callable[[State], State] | None = None
+
+    def start(self, state: State, micro: MicroBatch) -> State:
+        return self.run(state, micro)
+
+    def wait(self, pending: State) -> State:
+        return pending if self.finish is None else self.finish(pending)
+
+    def __call__(self, state: State, micro: MicroBatch) -> State:
+        return self.wait(self.start(state, micro))
+
+
+class Block(nn.Module):
+    """Pre-norm attention and feed-forward. Knows no ranks: ``dispatcher`` moves the rows."""
+
+    def __init__(self, cfg: DeepSeekV3Config, layer: int, precision: Precision, recompute: bool, aux_weight: float):
+        super().__init__()
+        self.recompute = recompute
+        self.input_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        self.self_attn = MLA(cfg, precision, recompute)
+        self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        self.mlp: MoE | SwiGLU
+        if cfg.is_moe(layer):
+            self.mlp = MoE(cfg, precision, aux_weight)
+        else:
+            self.mlp = SwiGLU(cfg, precision, cfg.intermediate_size)
+        self.dispatcher: Dispatcher = LocalDispatcher(cfg.n_routed_experts)
+
+    def phases(self, prefix: str) -> list[Phase]:
+        """attend, dispatch, experts, combine; a dense block has attend and experts only."""
+        attention = (self.input_layernorm, self.self_attn, self.post_attention_layernorm)
+        if isinstance(self.mlp, SwiGLU):
+            return [
+                Phase(f"{prefix}.attend", self._attend, attention),
+                Phase(f"{prefix}.experts", self._dense, (self.mlp,)),
+            ]
+        shared = () if self.mlp.shared_experts is None else (self.mlp.shared_experts,)
+        return [
+            Phase(f"{prefix}.attend", self._attend, (*attention, self.mlp.gate)),
+            Phase(f"{prefix}.dispatch", self._dispatch, ()),
+            Phase(f"{prefix}.experts", self._experts, (self.mlp.experts, *shared)),
+            Phase(f"{prefix}.combine", self._combine, ()),
+        ]
+
+    def forward_cached(self, x_BSD: Tensor, positions_BS: Tensor, cache: LayerCache, length: int, absorbed: bool) -> Tensor:
+        """The block for inference: attention over the latent cache, then the feed-forward."""
+        normed = self.input_layernorm(x_BSD)
+        x_BSD = x_BSD + self.self_attn.forward_cached(normed, positions_BS, cache, length, absorbed)
+        state = self._feed({"x": x_BSD})
+        steps = [self._dense] if isinstance(self.mlp, SwiGLU) else [self._dispatch, self._experts, self._combine]
+        for step in steps:
+            state = step(state, None)
+        return state["x"]
+
+    def _attend(self, state: State, micro: MicroBatch) -> State:
+        x = state["x"]
+        x = x + self.self_attn(x, self.input_layernorm, micro.positions, micro.documents)
+        return self._feed({**state, "x": x})
+
+    def _feed(self, state: State) -> State:
+        """Add the feed-forward's normed input and, in a mixture, the gate's decision."""
+        norm, x = self.post_attention_layernorm, state["x"]
+        u = keep_products(norm, x) if self.recompute and x.requires_grad else norm(x)
+        state = {**state, "u": u}
+        if isinstance(self.mlp, MoE):
+            routing = self.mlp.gate(u)
+            state |= {"expert": routing.expert_TK, "weight": routing.weight_TK, "load": routing.load_E}
+            if routing.aux is not None:
+                state["aux"] = routing.aux
+        return state
+
+    def _dispatch(self, state: State, micro: MicroBatch | None) -> State:
+        rest = {k: v for k, v in state.items() if k not in ("expert", "weight")}
+        rows, count, plan = self.dispatcher.dispatch(state["u"].flatten(0, 1), state["expert"], state["weight"])
+        return {**rest, "rows": rows, "count": count, "weight": plan.weight, "plan": plan.with_weight(None)}
+
+    def _experts(self, state: State, micro: MicroBatch | None) -> State:
+        assert isinstance(self.mlp, MoE)
+        rest = {k: v for k, v in state.items() if k not in ("u", "count")}
+        rest["rows"] = self.mlp.experts(state["rows"], state["count"])
+        if self.mlp.shared_experts is not None:
+            rest["shared"] = self.mlp.shared_experts(state["u"])
+        return rest
+
+    def _combine(self, state: State, micro: MicroBatch | None) -> State:
+        used = ("rows", "weight", "plan", "shared")
+        rest = {k: v for k, v in state.items() if k not in used}
+        y = self.dispatcher.combine(state["rows"], state["plan"].with_weight(state["weight"]))
+        x = state["x"] + y.view_as(state["x"])
+        return {**rest, "x": x + state["shared"] if "shared" in state else x}
+
+    def _dense(self, state: State, micro: MicroBatch | None) -> State:
+        assert isinstance(self.mlp, SwiGLU)
+        rest = {k: v for k, v in state.items() if k != "u"}
+        return {**rest, "x": state["x"] + self.mlp(state["u"])}

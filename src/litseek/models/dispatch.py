@@ -1,0 +1,47 @@
+"""Token dispatch on one device: the meaning that every dispatcher keeps.
+
+Letters: T tokens, D model, K chosen, E experts, R rows. No token is dropped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from litseek_kernels.ref.permute import permute, sort_by_expert, unpermute
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What combine must know. ``weight`` is the only part with a gradient: a phase takes it out and puts it back."""
+
+    weight: Tensor
+    detail: Any
+
+    def with_weight(self, weight: Tensor | None) -> Plan:
+        return replace(self, weight=weight)
+
+
+class Dispatcher(Protocol):
+    """``dispatch`` sends each token's row to its experts, sorted by expert; ``combine`` returns the weighted sums."""
+
+    def dispatch(self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> tuple[Tensor, Tensor, Plan]: ...
+
+    def combine(self, rows_RD: Tensor, plan: Plan) -> Tensor: ...
+
+
+class LocalDispatcher:
+    """All experts are here: a sort and its inverse."""
+
+    def __init__(self, num_experts: int):
+        self.num_experts = num_experts
+
+    def dispatch(self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> tuple[Tensor, Tensor, Plan]:
+        """rows (T * K, D) sorted by expert, count_E, plan."""
+        order_R, inverse_R, count_E = sort_by_expert(expert_TK, self.num_experts)
+        return permute(x_TD, order_R, inverse_R), count_E, Plan(weight_TK, (order_R, inverse_R))
+
+    def combine(self, rows_RD: Tensor, plan: Plan) -> Tensor:
+        """(T, D): the sum over a token's experts, times the gate's weights."""
+        return unpermute(rows_RD, plan.weight, *plan.detail)

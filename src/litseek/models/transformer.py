@@ -1,0 +1,144 @@
+"""The whole model, for one device (report §2). Letters: B batch, S sequence, D model, V vocabulary."""
+
+from __future__ import annotations
+
+import zlib
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from litseek.data.batch import MicroBatch
+from litseek.models.block import Block, Phase, State
+from litseek.models.config import DeepSeekV3Config
+from litseek.models.mla import LayerCache
+from litseek.models.moe import MoE, Router
+from litseek.models.mtp import MTP
+from litseek.models.norm import RMSNorm
+from litseek.precision import FP32, Precision
+
+
+class Cache(Protocol):
+    """A latent cache (litseek.inference.cache): slot index = position."""
+
+    length: int
+
+    def layer(self, index: int) -> LayerCache: ...
+
+
+def build(cfg: DeepSeekV3Config, precision: Precision | None = None, recompute: bool = False, seed: int = 0) -> Transformer:
+    """A model with fresh weights on the current default device; on "meta" it has none."""
+    return Transformer(cfg, precision, recompute, seed)
+
+
+class Transformer(nn.Module):
+    """Embedding, blocks, final norm, head, and MTP depths that share embedding and head. Knows no ranks.
+
+    Parameter names are the released ones without their ``model.`` prefix; MTP depth k is ``mtp.<k>``.
+    """
+
+    def __init__(
+        self, cfg: DeepSeekV3Config, precision: Precision | None = None, recompute: bool = False, seed: int = 0
+    ):
+        super().__init__()
+        precision = precision or FP32()
+        self.cfg, self.precision = cfg, precision
+        aux = _aux_weight(cfg)
+        self.embed_tokens = Embedding(cfg, precision)
+        self.layers = nn.ModuleList(Block(cfg, i, precision, recompute, aux) for i in range(cfg.num_hidden_layers))
+        self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        self.lm_head = precision.linear(cfg.hidden_size, cfg.vocab_size, role="head")
+        mtp_aux = aux if cfg.mtp_aux_loss else 0.0
+        self.mtp = nn.ModuleList(MTP(cfg, precision, recompute, mtp_aux) for _ in range(cfg.num_nextn_predict_layers))
+        if self.norm.weight.device.type != "meta":
+            self.init_weights(seed)
+
+    def phases(self) -> list[Phase]:
+        """Everything that turns token ids into head inputs, in order: "hidden" (after the final norm) and "mtp.<k>"."""
+        phases = [Phase("embed", self._embed, (self.embed_tokens,))]
+        for i, block in enumerate(self.layers):
+            phases += block.phases(f"layers.{i}")
+        phases.append(Phase("norm", self._norm, (self.norm,)))
+        for depth, mtp in enumerate(self.mtp):
+            phases += mtp.phases(depth, self.embed_tokens)
+        return phases
+
+    def forward(self, micro: MicroBatch) -> State:
+        """All phases under plain autograd. Adds "aux" (sum of the auxiliary losses) and "loads" (phase name -> (E,))."""
+        state: State = {}
+        aux, loads = torch.zeros((), device=micro.tokens.device), {}
+        for phase in self.phases():
+            state = phase(state, micro)
+            aux = aux + state.pop("aux", 0.0)
+            if "load" in state:
+                loads[phase.name] = state.pop("load")
+        return {**state, "aux": aux, "loads": loads}
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """(B, S) int64 -> (B, S, V) float32 of the main head: a plain view for evaluation."""
+        state: State = {}
+        micro = MicroBatch.of(tokens)
+        for phase in self.phases():
+            state = phase(state, micro)
+            if phase.name == "norm":
+                break
+        return self.head_logits(state["hidden"])
+
+    def head_logits(self, hidden_BSD: Tensor) -> Tensor:
+        """(..., D) after the final norm -> (..., V), float32 at least."""
+        logits = self.lm_head(hidden_BSD)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def forward_cached(self, tokens_BS: Tensor, positions_BS: Tensor, cache: Cache, absorbed: bool = True) -> Tensor:
+        """(B, S, D) after the final norm; writes the new positions' latents, attends to slots <= each position.
+
+        ``cache.length`` must already cover the new positions.
+        """
+        x = self.embed_tokens(tokens_BS)
+        for i, block in enumerate(self.layers):
+            x = block.forward_cached(x, positions_BS, cache.layer(i), cache.length, absorbed)
+        return self.norm(x)
+
+    def balance_routers(self) -> dict[str, Router]:
+        """Phase name -> the router whose load that phase reports, MTP's included."""
+        blocks = {f"layers.{i}": block for i, block in enumerate(self.layers)}
+        blocks |= {f"mtp.{k}": mtp.block for k, mtp in enumerate(self.mtp)}
+        return {f"{name}.attend": b.mlp.gate for name, b in blocks.items() if isinstance(b.mlp, MoE)}
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Normal with ``initializer_range``, norms at 1. Each tensor's numbers depend on (seed, its global name) only,
+        so that every layout starts alike."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.fill_(1.0)
+                continue
+            generator = torch.Generator(parameter.device).manual_seed((seed << 32) ^ zlib.crc32(name.encode()))
+            parameter.normal_(0.0, self.cfg.initializer_range, generator=generator)
+        for router in self.balance_routers().values():
+            router.e_score_correction_bias.zero_()
+
+    def _embed(self, state: State, micro: MicroBatch) -> State:
+        return {"x": self.embed_tokens(micro.tokens)}
+
+    def _norm(self, state: State, micro: MicroBatch) -> State:
+        return {"hidden": self.norm(state["x"])}
+
+
+class Embedding(nn.Module):
+    """Token rows from the FP32 master, handed on in the compute dtype."""
+
+    def __init__(self, cfg: DeepSeekV3Config, precision: Precision):
+        super().__init__()
+        self.compute_dtype = precision.compute_dtype
+        self.weight = nn.Parameter(torch.empty(cfg.vocab_size, cfg.hidden_size))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        rows = nn.functional.embedding(tokens, self.weight)
+        return rows if rows.dtype == torch.float64 else rows.to(self.compute_dtype)
+
+
+def _aux_weight(cfg: DeepSeekV3Config) -> float:
+    layers = cfg.num_hidden_layers - cfg.first_k_dense_replace
+    layers += cfg.num_nextn_predict_layers if cfg.mtp_aux_loss else 0
+    return cfg.aux_loss_alpha / layers if cfg.aux_loss_reduction == "mean" and layers else cfg.aux_loss_alpha
