@@ -20,7 +20,9 @@ def choose_experts(
     if num_groups > 1 and top_groups < num_groups:
         grouped_TGE = biased_TE.unflatten(-1, (num_groups, -1))
         group_TG = grouped_TGE.topk(experts_per_group_score, dim=-1).values.sum(-1)
-        keep = torch.zeros_like(group_TG, dtype=torch.bool).scatter_(-1, group_TG.topk(top_groups, dim=-1).indices, True)
+        keep = torch.zeros_like(group_TG, dtype=torch.bool).scatter_(
+            -1, group_TG.topk(top_groups, dim=-1).indices, True
+        )
         biased_TE = grouped_TGE.masked_fill(~keep.unsqueeze(-1), float("-inf")).flatten(-2)
     return biased_TE.topk(top_k, dim=-1).indices
 

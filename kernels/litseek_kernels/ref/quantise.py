@@ -27,9 +27,7 @@ def quantise_block(weight_MN: Tensor, block: int = BLOCK) -> tuple[Tensor, Tenso
     return _untiled(codes, M, N), scale
 
 
-def dequantise_block(
-    codes_MN: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32, block: int = BLOCK
-) -> Tensor:
+def dequantise_block(codes_MN: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32, block: int = BLOCK) -> Tensor:
     """code.float() * scale per block, rounded once to ``dtype``: the released cast to BF16 with ``dtype=bfloat16``."""
     M, N = codes_MN.shape
     assert scale.shape == block_grid(M, N, block), f"scales {tuple(scale.shape)} do not fit codes {M}x{N}"

@@ -13,7 +13,9 @@ _PLAIN_LIMIT = 1024
 """Up to this length plain softmax is faster on a CPU than SDPA, whose backward took half of a step."""
 
 
-def causal_attention(q_BSHN: Tensor, k_BSHN: Tensor, v_BSHV: Tensor, scale: float, documents_BS: Tensor | None) -> Tensor:
+def causal_attention(
+    q_BSHN: Tensor, k_BSHN: Tensor, v_BSHV: Tensor, scale: float, documents_BS: Tensor | None
+) -> Tensor:
     """(B, S, H, V): each position sees itself and earlier ones, inside its own document where ids are given."""
     q, k, v = (t.transpose(1, 2) for t in (q_BSHN, k_BSHN, v_BSHV))
     mask = None if documents_BS is None else document_mask(documents_BS)[:, None]

@@ -83,7 +83,9 @@ class Block(nn.Module):
             Phase(f"{prefix}.combine", self._combine, ()),
         ]
 
-    def forward_cached(self, x_BSD: Tensor, positions_BS: Tensor, cache: LayerCache, length: int, absorbed: bool) -> Tensor:
+    def forward_cached(
+        self, x_BSD: Tensor, positions_BS: Tensor, cache: LayerCache, length: int, absorbed: bool
+    ) -> Tensor:
         """The block for inference: attention over the latent cache, then the feed-forward."""
         normed = self.input_layernorm(x_BSD)
         x_BSD = x_BSD + self.self_attn.forward_cached(normed, positions_BS, cache, length, absorbed)

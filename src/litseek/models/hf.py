@@ -141,7 +141,9 @@ class ReleasedFolder:
         if len(piece.shape) != 2:
             raise LitseekError(f"{self.reader.file_of(piece.name)}: {piece.name} is FP8, allowed for matrices only")
         if piece.scale_name not in self.reader.info:
-            raise LitseekError(f"{self.reader.file_of(piece.name)}: {piece.name} is FP8 but {piece.scale_name} is missing")
+            raise LitseekError(
+                f"{self.reader.file_of(piece.name)}: {piece.name} is FP8 but {piece.scale_name} is missing"
+            )
         self._check_shape(piece.scale_name, piece.scale_shape)
         dtype = self.reader.info[piece.scale_name][1]
         if dtype != torch.float32:

@@ -114,7 +114,9 @@ def _rope(raw: dict[str, Any], path: Path) -> tuple[float, dict[str, Any] | None
     if not scaling and kind in (None, "default"):
         return theta, None
     if kind in (None, "default"):
-        raise LitseekError(f"{path}: rope type is {kind!r} beside the keys {', '.join(sorted(scaling))}, wanted is 'yarn'")
+        raise LitseekError(
+            f"{path}: rope type is {kind!r} beside the keys {', '.join(sorted(scaling))}, wanted is 'yarn'"
+        )
     if kind != "yarn":
         raise LitseekError(f"{path}: rope type is {kind!r}, allowed are 'yarn' and none")
     if not scaling.get("mscale_all_dim"):

@@ -53,7 +53,9 @@ class MLA(nn.Module):
             return self.o_proj(keep_attention(self._core, *down, positions_BS, documents_BS))
         return self.o_proj(self._core(*self._down(norm(x_BSD)), positions_BS, documents_BS))
 
-    def forward_cached(self, x_BSD: Tensor, positions_BS: Tensor, cache: LayerCache, length: int, absorbed: bool) -> Tensor:
+    def forward_cached(
+        self, x_BSD: Tensor, positions_BS: Tensor, cache: LayerCache, length: int, absorbed: bool
+    ) -> Tensor:
         """Attention of already normed ``x_BSD`` over the cache's first ``length`` slots, new positions written first.
 
         ``absorbed``: W_UK is folded into the query and W_UV applied after the weighted sum, so that the cache is
@@ -93,7 +95,12 @@ class MLA(nn.Module):
         )
         c_kv, k_rope = kv_BSD.split([cfg.kv_lora_rank, cfg.qk_rope_head_dim], dim=-1)
         cos, sin = rotation(cfg, positions_BS)
-        return q_nope, rotate(q_rope, cos, sin), self.kv_a_layernorm(c_kv), rotate(k_rope[:, :, None], cos, sin)[:, :, 0]
+        return (
+            q_nope,
+            rotate(q_rope, cos, sin),
+            self.kv_a_layernorm(c_kv),
+            rotate(k_rope[:, :, None], cos, sin)[:, :, 0],
+        )
 
     def _core(self, q_BSD: Tensor, kv_BSD: Tensor, positions_BS: Tensor, documents_BS: Tensor | None) -> Tensor:
         """Norms, up-projections, rotation, softmax attention: (B, S, H * V)."""

@@ -26,7 +26,9 @@ class Cache(Protocol):
     def layer(self, index: int) -> LayerCache: ...
 
 
-def build(cfg: DeepSeekV3Config, precision: Precision | None = None, recompute: bool = False, seed: int = 0) -> Transformer:
+def build(
+    cfg: DeepSeekV3Config, precision: Precision | None = None, recompute: bool = False, seed: int = 0
+) -> Transformer:
     """A model with fresh weights on the current default device; on "meta" it has none."""
     return Transformer(cfg, precision, recompute, seed)
 
@@ -113,7 +115,7 @@ class Transformer(nn.Module):
             if name.endswith("norm.weight"):
                 parameter.fill_(1.0)
                 continue
-            generator = torch.Generator(parameter.device).manual_seed((seed << 32) ^ zlib.crc32(name.encode()))
+            generator = torch.Generator(parameter.device).manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
             parameter.normal_(0.0, self.cfg.initializer_range, generator=generator)
         for router in self.balance_routers().values():
             router.e_score_correction_bias.zero_()
