@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from litseek.cli.report import report_run
+from litseek.cli.report_arms import mean_spread, report_experiment
 from litseek.errors import LitseekError
 
 STAGES = {"pretrain": (2.62, 1.86), "context_32k": (1.88, 1.80), "context_128k": (1.83, 1.77), "sft": (1.1, 0.4)}
@@ -97,7 +98,7 @@ def test_page_of_a_whole_run(tmp_path: Path):
     for outside in ("http://", "https://"):
         allowed = page.count(f'="{outside}www.w3.org/')  # XML namespaces are names, nothing is loaded from them
         assert page.count(outside) == allowed, outside
-    assert "<script" not in page and "<link rel=\"icon\" href=\"data:," in page
+    assert "<script" not in page and '<link rel="icon" href="data:,' in page
 
 
 def test_frequencies_and_training_are_told_apart(tmp_path: Path):
@@ -124,3 +125,83 @@ def test_bad_folders_are_named(tmp_path: Path):
         file.write("{broken\n")
     with pytest.raises(LitseekError, match=r"samples\.jsonl, line 2: not JSON"):
         report_run(folder)
+
+
+README = """# Balance
+
+Question: which one?
+
+<!-- results:begin metrics=val/bits_per_byte,load/max_over_mean curves=loss,load/max_over_mean -->
+old text
+<!-- results:end -->
+
+Verdict: none yet.
+"""
+
+
+def fake_experiment(root: Path, arms: dict[str, float], seeds: int = 3) -> tuple[Path, Path]:
+    folder, runs = root / "experiments" / "balance", root / "runs"
+    folder.mkdir(parents=True)
+    (folder / "README.md").write_text(README, encoding="utf-8")
+    for arm, shift in arms.items():
+        (folder / f"{arm}.yaml").write_text("# @package _global_\n", encoding="utf-8")
+        for seed in range(seeds):
+            rng = random.Random(f"{arm}{seed}")
+            stage = runs / "balance" / arm / f"seed={seed}" / "pretrain"
+            stage.mkdir(parents=True)
+            rows = ["step,tokens,loss,load/max_over_mean"]
+            for step in range(1, 101):
+                loss, load = (
+                    2 + shift + 2 * math.exp(-step / 9) + rng.gauss(0, 0.02),
+                    1.2 + 3 * shift + rng.random() / 9,
+                )
+                rows.append(f"{step},{step * 512},{loss:.4f},{load:.4f}")
+            (stage / "metrics.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+            data = receipt("pretrain", {"val/bits_per_byte": 2 + shift + rng.gauss(0, 0.01)}, 51200, 12.5)
+            (stage / "receipt.json").write_text(json.dumps(data), encoding="utf-8")
+    return folder, runs
+
+
+def test_experiment_gets_table_csv_and_plots(tmp_path: Path):
+    folder, runs = fake_experiment(tmp_path, {"aux_free": 0.0, "none": 0.3})
+    written = report_experiment(folder, runs)
+    assert {p.name for p in written} == {"results.csv", "metrics.png", "curves.png", "README.md"}
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    assert "old text" not in text and text.startswith("# Balance") and text.endswith("Verdict: none yet.\n")
+    assert "| arm | seeds | val/bits_per_byte | load/max_over_mean |" in text
+    assert "| `aux_free` | 3 | " in text and " ± " in text
+    assert "litseek train -m experiment=balance/aux_free,balance/none seed=0,1,2" in text
+    assert "commit 3fa72aa0c0" in text and "CPU, 2 threads" in text and "torch 2.13.0+cpu" in text
+    with (folder / "results.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["arm"], row["seed"]) for row in rows] == [
+        (arm, str(s)) for arm in ("aux_free", "none") for s in range(3)
+    ]
+    assert 1.9 < float(rows[0]["val/bits_per_byte"]) < 2.1
+    before = {path: path.read_bytes() for path in written}
+    report_experiment(folder, runs)
+    assert before == {path: path.read_bytes() for path in written}
+
+
+def test_experiment_names_what_is_not_finished(tmp_path: Path):
+    folder, runs = fake_experiment(tmp_path, {"aux_free": 0.0, "none": 0.3})
+    (runs / "balance" / "none" / "seed=2" / "pretrain" / "receipt.json").unlink()
+    (folder / "late.yaml").write_text("# @package _global_\n", encoding="utf-8")
+    report_experiment(folder, runs)
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    assert "Not finished: late, none seed=2." in text and "| `none` | 2 |" in text
+
+
+def test_experiment_without_runs_or_marks(tmp_path: Path):
+    folder, runs = fake_experiment(tmp_path, {"aux_free": 0.0}, seeds=1)
+    with pytest.raises(LitseekError, match="no finished run of aux_free; first run litseek train -m"):
+        report_experiment(folder, tmp_path / "elsewhere")
+    (folder / "README.md").write_text("# Balance\n", encoding="utf-8")
+    with pytest.raises(LitseekError, match="results:begin"):
+        report_experiment(folder, runs)
+
+
+def test_digits_follow_the_spread():
+    assert mean_spread([1.2341, 1.2382, 1.2363]) == "1.2362 ± 0.0021"
+    assert mean_spread([10.0, 20.0, 30.0]) == "20 ± 10"
+    assert mean_spread([0.5]) == "0.5" and mean_spread([]) == "–"

@@ -79,15 +79,3 @@ def test_nothing_of_one_machine(what: str):
 def test_no_build_output_is_tracked():
     bad = [p for p in repository_files() if p.suffix in {".pyc", ".pt", ".ckpt", ".safetensors", ".whl", ".distcp"}]
     assert not bad, f"not for git: {bad}"
-
-
-def test_every_test_file_has_a_source():
-    """tests/<folder>/test_<file>.py mirrors src/litseek/<folder>/<file>.py, or <file>_<part>.py of it."""
-    mirrored = {p.name for p in (ROOT / "src" / "litseek").iterdir() if p.is_dir()}
-    for path in sorted((ROOT / "tests").glob("*/test_*.py")):
-        folder = path.parent.name
-        if folder not in mirrored:
-            continue
-        name = path.stem.removeprefix("test_")
-        stems = [p.stem for p in (ROOT / "src" / "litseek" / folder).glob("*.py")]
-        assert any(name == s or name.startswith(s + "_") for s in stems), f"{path} mirrors no file of {folder}"

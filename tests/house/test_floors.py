@@ -84,7 +84,7 @@ def sources() -> list[tuple[Path, str, int, str]]:
         parts = path.relative_to(SRC).parts
         if len(parts) == 1:
             assert path.stem in TOP_FILES, f"{path} lies on no floor: put it into a folder"
-            rows.append((path, path.stem, TOP_FILES[path.stem], "litseek"))
+            rows.append((path, "cli" if path.stem == "__main__" else path.stem, TOP_FILES[path.stem], "litseek"))
         else:
             assert parts[0] in FLOORS, f"folder {parts[0]} has no floor: add it to FLOORS and to the file tour"
             rows.append((path, parts[0], FLOORS[parts[0]], ".".join(("litseek", *parts[:-1]))))

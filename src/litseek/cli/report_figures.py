@@ -6,6 +6,7 @@ import io
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -27,7 +28,7 @@ COLOURS = {
 }
 SERIES = ("#3d5a98", "#c4553b", "#2a9d83", "#d29022", "#7a5ba6", "#2b86a6", "#8c6d46", "#6b7683")
 ARMS = {"old frequencies": MUTED, "yarn untrained": "#d29022", "yarn trained": "#2a9d83"}
-STYLE = {
+STYLE: Any = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial"],
     "font.size": 10,
@@ -78,7 +79,9 @@ def svg(figure: Figure, label: str) -> str:
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     body = text.getvalue()[text.getvalue().index("<svg") :]
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
-    body = re.sub(r'\bid="(figure|axes|patch|text|line2d|matplotlib\.axis|xtick|ytick|legend|PathCollection)_?\d*"', "", body)
+    body = re.sub(
+        r'\bid="(figure|axes|patch|text|line2d|matplotlib\.axis|xtick|ytick|legend|PathCollection)_?\d*"', "", body
+    )
     body = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", body, count=1)
     body = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", body, count=1)
     return body.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
@@ -91,12 +94,11 @@ def png(figure: Figure, path: Path) -> None:
 
 
 def smooth(values: np.ndarray, horizon: float) -> np.ndarray:
-    """Exponential average over about `horizon` points, corrected at the start."""
-    decay = 1 - 1 / max(horizon, 1)
-    total, weight, out = 0.0, 0.0, np.empty(len(values))
+    """Running average over about `horizon` points; over fewer at the start, so that it does not lag a steep fall."""
+    out, average = np.empty(len(values)), 0.0
     for i, value in enumerate(values):
-        total, weight = decay * total + value, decay * weight + 1
-        out[i] = total / weight
+        average += (value - average) / min(max(horizon, 1), 1 + i / 5)
+        out[i] = average
     return out
 
 
@@ -113,7 +115,8 @@ def curve(axes: Axes, x: np.ndarray, y: np.ndarray, tint: str, label: str | None
 
 def loss_curves(runs: Sequence[StageRun], column: Sequence[str]) -> Figure:
     with matplotlib.rc_context(STYLE):
-        figure, axes = panels(len(runs))
+        columns = 2 if len(runs) in (2, 4) else 3
+        figure, axes = panels(len(runs), height=2.7, columns=columns)
         for i, (run, ax) in enumerate(zip(runs, axes, strict=True)):
             steps, tokens, values = run.column(*column) or (np.zeros(0), np.zeros(0), np.zeros(0))
             by_tokens = len(tokens) > 0 and bool(np.isfinite(tokens).all())
@@ -125,25 +128,30 @@ def loss_curves(runs: Sequence[StageRun], column: Sequence[str]) -> Figure:
                 late = values[len(values) // 20 :]
                 room = 0.05 * (late.max() - late.min() or 1)
                 ax.set_ylim(late.min() - room, late.max() + room)
-            if i % 3 == 0:
+            if i % columns == 0:
                 ax.set_ylabel("loss, nats per token")
         return figure
 
 
 def bits_per_byte(rows: Sequence[tuple[str, str, float, dict[str, float]]]) -> Figure:
     """One bar a stage and a mark a compressor. Rows: (stage name, label, bits per byte, compressor -> bits per byte)."""
-    marks = {"gzip -9": ("#1f2a37", "-"), "xz -9": ("#1f2a37", (0, (2, 1.5)))}
+    marks = {"gzip -9": (INK, "-"), "xz -9": (INK, (0, (2, 1.2)))}
+    one_text = all(others == rows[0][3] for *_, others in rows)  # the same held-out bytes in every stage
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(10.4, 0.62 * len(rows) + 1.1), layout="constrained", facecolor=PAPER)
+        figure = Figure(
+            figsize=(10.4, (0.6 if one_text else 0.75) * len(rows) + 1.1), layout="constrained", facecolor=PAPER
+        )
         ax = figure.subplots()
         for y, (name, _, value, others) in enumerate(rows):
             ax.barh(y, value, color=colour(name, y), height=0.58)
             ax.text(value * 0.985, y, f"{value:.3f}", va="center", ha="right", color="white", fontweight="bold")
             for other, bits in others.items():
                 tint, dash = marks.get(other, (MUTED, ":"))
-                label = other if y == 0 else None
+                label = (f"{other}: {bits:.3f}" if one_text else other) if y == 0 else None
                 ax.plot([bits, bits], [y - 0.4, y + 0.4], color=tint, linestyle=dash, linewidth=2, label=label)
-                ax.text(bits, y + 0.43, f"{bits:.3f}", ha="center", va="top", fontsize=8, color=MUTED)
+                if not one_text:
+                    side = "right" if bits == min(others.values()) else "left"
+                    ax.text(bits, y + 0.44, f"{bits:.3f} ", ha=side, va="top", fontsize=8, color=MUTED)
         ax.set_yticks(range(len(rows)), [label for _, label, _, _ in rows])
         ax.invert_yaxis()
         ax.grid(axis="y", visible=False)
@@ -164,8 +172,8 @@ def by_position(rows: Sequence[tuple[StageRun, np.ndarray, dict[str, np.ndarray]
                 ax.plot(positions, values, color=ARMS.get(arm, SERIES[i % len(SERIES)]), linewidth=2, label=arm)
             if old is not None:
                 ax.axvline(old, color=INK, linewidth=1, linestyle=(0, (3, 3)))
-                ax.annotate(f" trained length\n before: {old:g}", (old, 1), xycoords=("data", "axes fraction"),
-                            va="top", fontsize=8.5, color=MUTED)  # fmt: skip
+                ax.annotate(f"length trained\nbefore: {old:g}", (old, 1), (6, -2), ("data", "axes fraction"),
+                            "offset points", va="top", fontsize=8.5, color=MUTED)  # fmt: skip
             ax.set(title=run.label, xlabel="position in the context, tokens")
             ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes[0].set_ylabel(f"loss, {unit}")
@@ -179,13 +187,13 @@ def expert_load(routing: dict[str, tuple[np.ndarray, np.ndarray]], most: int = 6
     chosen = [names[i] for i in np.unique(np.linspace(0, len(names) - 1, min(most, len(names))).round().astype(int))]
     with matplotlib.rc_context(STYLE):
         experts = max(routing[name][1].shape[1] for name in chosen)
-        figure, axes = panels(len(chosen), height=1.7 + min(experts, 64) / 32)
+        figure, axes = panels(len(chosen), height=2.0 + min(experts, 64) / 24)
         image = None
         for i, (name, ax) in enumerate(zip(chosen, axes, strict=True)):
             steps, load_NE = routing[name]
             share = load_NE / np.maximum(load_NE.mean(axis=1, keepdims=True), 1e-9)
             keep = np.unique(np.linspace(0, len(steps) - 1, min(240, len(steps))).round().astype(int))
-            edges = [steps[0], steps[-1] if len(steps) > 1 else steps[0] + 1, share.shape[1] - 0.5, -0.5]
+            edges = (steps[0], steps[-1] if len(steps) > 1 else steps[0] + 1, share.shape[1] - 0.5, -0.5)
             image = ax.imshow(share[keep].T, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2, extent=edges,
                               interpolation="nearest")  # fmt: skip
             ax.grid(visible=False)
@@ -201,18 +209,27 @@ def expert_load(routing: dict[str, tuple[np.ndarray, np.ndarray]], most: int = 6
         return figure
 
 
-def imbalance(routing: dict[str, tuple[np.ndarray, np.ndarray]], title: str) -> Figure:
-    """The busiest expert's load over the mean one, per layer, over time."""
+def imbalance(runs: Sequence[StageRun]) -> Figure:
+    """The busiest expert's load over the mean one, per layer, over time; one panel a stage, one scale for all."""
     with matplotlib.rc_context(STYLE):
-        figure, (ax,) = panels(1, height=2.6)
-        shades = matplotlib.colormaps["viridis"](np.linspace(0, 0.85, len(routing)))
-        for (name, (steps, load_NE)), tint in zip(routing.items(), shades, strict=True):
-            ratio = load_NE.max(axis=1) / np.maximum(load_NE.mean(axis=1), 1e-9)
-            ax.plot(*thin(steps, ratio), color=tint, linewidth=1.6, label=name)
-        ax.axhline(1, color=INK, linewidth=1, linestyle=(0, (3, 3)))
-        ax.set(title=title, xlabel="steps", ylabel="max / mean load")
-        if len(routing) <= 8:
-            ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+        figure, axes = panels(len(runs), height=2.3)
+        tops = []
+        for i, (run, ax) in enumerate(zip(runs, axes, strict=True)):
+            shades = matplotlib.colormaps["viridis"](np.linspace(0, 0.85, len(run.routing)))
+            for (name, (steps, load_NE)), tint in zip(run.routing.items(), shades, strict=True):
+                ratio = load_NE.max(axis=1) / np.maximum(load_NE.mean(axis=1), 1e-9)
+                tops.append(ratio.max())
+                ax.plot(*thin(steps, ratio), color=tint, linewidth=1.5, label=name)
+            ax.axhline(1, color=INK, linewidth=1, linestyle=(0, (3, 3)))
+            ax.set(title=run.label, xlabel="steps")
+            ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+            if i % 3 == 0:
+                ax.set_ylabel("max / mean load")
+        for ax in axes:
+            ax.set_ylim(0.9, 1.05 * max(tops))
+        if len(runs[0].routing) <= 8:
+            handles, labels = axes[0].get_legend_handles_labels()
+            figure.legend(handles, labels, loc="outside lower center", ncols=8)
         return figure
 
 

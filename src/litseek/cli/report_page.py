@@ -170,12 +170,11 @@ def load_section(runs: Sequence[StageRun]) -> Section | None:
     if not drawn:
         return None
     pictures = [picture(figures.expert_load(drawn[0].routing), f"Expert load, {drawn[0].label}")]
-    for run in drawn:
-        pictures.append(picture(figures.imbalance(run.routing, run.label), f"Busiest expert, {run.label}"))
+    pictures.append(picture(figures.imbalance(drawn), "Busiest expert by stage"))
     text = (
         f"How evenly the routers spread tokens over the experts, from the counts of whole batches. The maps show "
-        f"{drawn[0].label.lower() if drawn[0].label not in ('SFT', 'GRPO') else drawn[0].label}: white is an even share, "
-        "red an expert with up to twice its share or more, blue a starved one. Below, the busiest expert of each layer."
+        f"the stage {drawn[0].label}: white is an even share, red an expert with twice its share or more, blue a starved "
+        "one. Below, the busiest expert of each layer, stage by stage."
     )
     return Section("Expert load", text, pictures)
 
@@ -271,7 +270,9 @@ def speed(receipt: dict[str, Any]) -> str:
 
 
 def versions(receipt: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {version}" for name, version in (receipt.get("versions") or {}).items() if name != "device")
+    return ", ".join(
+        f"{name} {version}" for name, version in (receipt.get("versions") or {}).items() if name != "device"
+    )
 
 
 def short(value: Any) -> str:
