@@ -135,14 +135,14 @@ def write_csv(path: Path, arms: Sequence[Arm], metrics: Sequence[str]) -> Path:
     every = unique([*metrics, *(name for arm in arms for run in arm.seeds.values() for name in run.results)])
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["arm", "seed", "stage", *every, "tokens", "wall_seconds", "config_hash", "commit"])
+        writer.writerow(["arm", "seed", "stage", *every, "tokens", "wall_s", "config", "commit"])
         for arm in arms:
             for seed, run in arm.seeds.items():
                 values = [outcome(run, name) for name in every]
                 tail = [
                     run.receipt.get("tokens"),
                     wall(run.receipt),
-                    run.receipt.get("config_hash"),
+                    run.receipt.get("config"),
                     run.receipt.get("commit"),
                 ]
                 cells = ["" if value is None else f"{value:.6g}" for value in values]

@@ -232,7 +232,7 @@ def receipt_section(runs: Sequence[StageRun]) -> Section | None:
             continue
         rows.append([
             run.label, quantity(receipt.get("tokens")), duration(wall(receipt)), speed(receipt),
-            short(receipt.get("config_hash")), short(receipt.get("parent_digest") or receipt.get("parent")),
+            short(receipt.get("config")), short(receipt.get("parent")),
             short(receipt.get("commit")), versions(receipt),
         ])  # fmt: skip
     if not rows:
@@ -257,11 +257,11 @@ def unique(values: Iterable[Any]) -> list[Any]:
 
 
 def wall(receipt: dict[str, Any]) -> float | None:
-    return first(receipt, "wall_seconds", "wall_time", "wall_s", "seconds")
+    return receipt.get("wall_s")
 
 
 def device(receipt: dict[str, Any]) -> str | None:
-    return first(receipt, "device", "hardware") or (receipt.get("versions") or {}).get("device")
+    return receipt.get("device")
 
 
 def speed(receipt: dict[str, Any]) -> str:
@@ -270,16 +270,13 @@ def speed(receipt: dict[str, Any]) -> str:
 
 
 def versions(receipt: dict[str, Any]) -> str:
-    return ", ".join(
-        f"{name} {version}" for name, version in (receipt.get("versions") or {}).items() if name != "device"
-    )
+    return ", ".join(f"{name} {version}" for name, version in (receipt.get("versions") or {}).items())
 
 
 def short(value: Any) -> str:
-    """The first ten characters of a hash, a mark such as -dirty kept."""
-    text = str(value or "–").removeprefix("sha256:")
-    head, dash, tail = text.partition("-")
-    return head[:10] + dash + tail if len(head) > 10 else text
+    """The first ten characters of a hash; the mark of a changed tree stays."""
+    head, plus, mark = str(value or "–").partition("+")
+    return head[:10] + plus + mark
 
 
 def quantity(value: float | None) -> str:
