@@ -157,5 +157,5 @@ def _write_shard(path: Path, shard: list[Entry]) -> None:
             tensor = entry.make()
             assert tuple(tensor.shape) == entry.shape and tensor.dtype == entry.dtype, entry.name
             file.seek(8 + len(text) + header[entry.name]["data_offsets"][0])
-            file.write(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+            file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
             del tensor

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from litseek_kernels.ref.quantise import BLOCK, block_grid
 
@@ -37,9 +38,10 @@ class Piece:
     """A second copy of something we hold once: written for other readers, optional when reading."""
 
     @property
-    def index(self) -> tuple[int | slice, ...]:
-        index: list[int | slice] = [] if self.expert is None else [self.expert]
-        return (*index, slice(*self.rows)) if self.rows else (*index, ...)  # type: ignore[return-value]
+    def index(self) -> tuple[Any, ...]:
+        """What to index our parameter with to get this piece."""
+        expert = () if self.expert is None else (self.expert,)
+        return (*expert, slice(*self.rows) if self.rows else ...)
 
     @property
     def scale_name(self) -> str:
