@@ -78,7 +78,7 @@ class StandardLibrary:
         for path in self.paths():
             try:
                 text = path.read_text(encoding="utf-8")
-            except UnicodeDecodeError:      # a handful of files in older encodings, kept as test material
+            except UnicodeDecodeError:  # a handful of files in older encodings, kept as test material
                 continue
             if text.strip():
                 yield Document(path.relative_to(self.root).as_posix(), text)

@@ -7,7 +7,7 @@ alone. So every stage, and every run seed, shares one token array.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ class Split:
 
     def cut_tail(self, document: Document) -> tuple[Document, Document]:
         """(what is trained on, what is held out) of one long document."""
-        size = min(max(int(len(document.text) * self.fraction), 1), self.limit)
+        size = max(int(len(document.text) * self.fraction), 1)
         at = document.text.find("\n", len(document.text) - size - 1) + 1
         if at <= 0 or at >= len(document.text):
             at = max(len(document.text) - size, 1)
@@ -57,18 +57,17 @@ class Split:
 
     def capped(self, held_out: Iterable[Document]) -> list[Document]:
         """The held-out documents that are scored: by digest, up to ``limit`` bytes."""
-        kept, room = [], self.limit
+        kept: list[Document] = []
+        room = self.limit
         for document in sorted(held_out, key=lambda d: d.digest):
             data = document.text.encode()
             if len(data) > room:
                 data = data[:room]
                 data = data[: data.rfind(b"\n") + 1] or data
-                document = Document(document.name, data.decode("utf-8", errors="ignore"))
-            if document.text:
-                kept.append(document)
-            room -= len(document.text.encode())
-            if room <= 0 or len(data) < len(document.text.encode()):
-                break
+                text = data.decode("utf-8", errors="ignore")  # the cut may fall inside a character
+                return [*kept, Document(document.name, text)] if text else kept
+            kept.append(document)
+            room -= len(data)
         return kept
 
 
@@ -90,7 +89,8 @@ class SplitCorpus:
             self.held_out = split.capped(found)
         else:
             self._cut = -longest[1]
-            self.held_out = [split.cut_tail(d)[1] for n, d in enumerate(corpus.documents(), 1) if n == self._cut]
+            tails = [split.cut_tail(d)[1] for n, d in enumerate(corpus.documents(), 1) if n == self._cut]
+            self.held_out = split.capped(tails)
 
     def training(self) -> Iterator[Document]:
         for number, document in enumerate(self.corpus.documents(), start=1):
@@ -160,13 +160,19 @@ class TokenFile:
 
 
 def tokenized(
-    cache_dir: Path, corpus: Corpus, tokenizer: Tokenizer, transform: Transform, split: Split, divided: SplitCorpus | None = None
+    cache_dir: Path,
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    transform: Transform,
+    split: Split,
+    divided: Callable[[], SplitCorpus] | None = None,
 ) -> TokenFile:
     """The corpus as token ids, computed once per (corpus, tokenizer, transform, split)."""
-    depends_on = [FORMAT, corpus.identity(), tokenizer.digest, vars(transform), vars(split)]
+    identity = corpus.identity()
+    depends_on = [FORMAT, identity, tokenizer.digest, vars(transform), vars(split)]
 
     def build(folder: Path) -> None:
-        parts = divided or SplitCorpus(corpus, split)
+        parts = divided() if divided else SplitCorpus(corpus, split)
         dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
         num_documents = num_tokens = 0
         with open(folder / "train.bin", "wb") as out:
@@ -179,7 +185,7 @@ def tokenized(
         text = "".join(d.text for d in parts.held_out).encode()
         (folder / "held_out.txt").write_bytes(text)
         meta = {
-            "dtype": dtype, "documents": num_documents, "tokens": num_tokens, "corpus": corpus.identity(),
+            "dtype": dtype, "documents": num_documents, "tokens": num_tokens, "corpus": identity,
             "tokenizer": tokenizer.digest, "transform": vars(transform), "split": vars(split),
             "held_out_documents": [d.name for d in parts.held_out], "held_out_bytes": len(text),
         }  # fmt: skip
@@ -203,5 +209,8 @@ def batched(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 def describe(corpus: Corpus) -> str:
+    """What a message calls a corpus: its files, else its kind."""
     paths = getattr(corpus, "paths", None)
-    return ", ".join(map(str, paths[:3])) + (", …" if len(paths) > 3 else "") if isinstance(paths, list) else type(corpus).__name__
+    if not isinstance(paths, list):
+        return type(corpus).__name__
+    return ", ".join(map(str, paths[:3])) + (", …" if len(paths) > 3 else "")

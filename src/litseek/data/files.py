@@ -28,7 +28,9 @@ def kind_of(path: Path) -> str:
     name = Path(path.stem) if path.suffix in _PACKERS else path
     if name.suffix not in EXTENSIONS:
         allowed = ", ".join(EXTENSIONS)
-        raise LitseekError(f"{path}: cannot tell the kind of file from its name; known are {allowed}, also with .gz, .xz or .bz2.")
+        raise LitseekError(
+            f"{path}: cannot tell the kind of file from its name; known are {allowed}, also with .gz, .xz or .bz2."
+        )
     return EXTENSIONS[name.suffix]
 
 

@@ -139,7 +139,10 @@ class Tokenizer:
         for key, name in (("bos_token", BOS), ("eos_token", EOS), ("pad_token", PAD)):
             if name in self._control:
                 config[key] = name
-        for target, text in ((path, self.raw.to_str()), (folder / "tokenizer_config.json", json.dumps(config, indent=2))):
+        for target, text in (
+            (path, self.raw.to_str()),
+            (folder / "tokenizer_config.json", json.dumps(config, indent=2)),
+        ):
             draft = target.with_name(f".{target.name}.{os.getpid()}")
             draft.write_text(text, encoding="utf-8")
             os.replace(draft, target)
@@ -183,7 +186,9 @@ def train(texts: Iterable[str], vocab_size: int, digits: int = 3) -> Tokenizer:
     """
     least = 256 + len(CONTROL)
     if vocab_size < least:
-        raise ValueError(f"data.vocab_size={vocab_size} is too small: 256 bytes and {len(CONTROL)} control tokens need {least}.")
+        raise ValueError(
+            f"data.vocab_size={vocab_size} is too small: 256 bytes and {len(CONTROL)} control tokens need {least}."
+        )
     if digits < 1:
         raise ValueError(f"data.digits={digits} must be at least 1.")
     raw = tokenizers.Tokenizer(models.BPE())
