@@ -13,9 +13,9 @@ def make(split: str = "sft", **keys) -> Arithmetic:
     return Arithmetic(split, options=EASY, **keys)
 
 
-@pytest.mark.parametrize("digits", ["spaced", "plain"])
-def test_worked_answers_pass_their_verifier(digits):
-    problems = make(digits=digits)
+@pytest.mark.parametrize("spaced_digits", [False, True])
+def test_worked_answers_pass_their_verifier(spaced_digits):
+    problems = make(spaced_digits=spaced_digits)
     for i in range(200):
         problem = problems[i]
         assert problems.score(problem, problem.solution) == 1.0
@@ -27,7 +27,8 @@ def test_steps_follow_the_expression():
 
 
 def test_digits_are_spaced_everywhere():
-    problems = Arithmetic("sft", options={"min_terms": 3, "max_terms": 3, "min_digits": 2, "max_digits": 2})
+    options = {"min_terms": 3, "max_terms": 3, "min_digits": 2, "max_digits": 2}
+    problems = Arithmetic("sft", options=options, spaced_digits=True)
     for i in range(20):
         problem = problems[i]
         for text in (problem.prompt, problem.solution):
@@ -35,13 +36,15 @@ def test_digits_are_spaced_everywhere():
 
 
 @pytest.mark.parametrize(
-    "response", ["", "Answer:", "12", "Answer: 9 Answer:", "Answer: 1 2 3", "Answer: 12 or so", "Answer: 1 2\nmore"]
+    "response", ["", "Answer:", "12", "Answer: 9 Answer:", "Answer: 1 2 3", "Answer: 12 or so", "Answer: 1 2", "Answer: 12\nmore"]
 )
 def test_anything_but_the_answer_scores_zero(response):
     problems = make()
     problem = problems.problem({"answer": "12", "question": "", "metadata": {"expression": "3 + 9"}})
     assert problems.score(problem, response) == 0.0
-    assert problems.score(problem, "Answer: 9\nAnswer: 1 2") == 1.0
+    assert problems.score(problem, "Answer: 9\nAnswer: 12") == 1.0
+    spaced = make(spaced_digits=True)
+    assert spaced.score(problem, "Answer: 1 2") == 1.0
 
 
 def test_extract_answer_takes_the_last_mark():
@@ -95,7 +98,6 @@ def test_tasks_without_worked_steps_answer_directly():
         ({"split": "sft", "task": "chain_sums", "worked": False}, "task is 'chain_sums', which reasoning-gym"),
         ({"split": "sft", "options": {"terms": 3}}, "options {'terms': 3} do not suit task 'chain_sum'"),
         ({"split": "sft", "options": {"min_terms": 9}}, "do not suit task 'chain_sum'"),
-        ({"split": "sft", "digits": "words"}, "digits is 'words'"),
         ({"split": "sft", "limit": 0}, "limit is 0"),
     ],
 )

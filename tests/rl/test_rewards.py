@@ -17,11 +17,11 @@ def sample(response: str, finished: bool = True, seed: int = 0) -> Sample:
 @pytest.mark.parametrize(
     ("name", "response", "finished", "expected"),
     [
-        ("verifier", "3 + 9 = 1 2\nAnswer: 1 2", True, 1.0),
-        ("verifier", "3 + 9 = 1 2\nAnswer: 1 2", False, 0.0),
-        ("verifier", "Answer: 1 3", True, 0.0),
-        ("answered", "Answer: 1 3", True, 1.0),
-        ("answered", "Answer: 1 3", False, 0.0),
+        ("verifier", "3 + 9 = 12\nAnswer: 12", True, 1.0),
+        ("verifier", "3 + 9 = 12\nAnswer: 12", False, 0.0),
+        ("verifier", "Answer: 13", True, 0.0),
+        ("answered", "Answer: 13", True, 1.0),
+        ("answered", "Answer: 13", False, 0.0),
         ("answered", "Answer: 1\nAnswer: 2", True, 0.0),
         ("boxed", "so \\boxed{12}", True, 1.0),
         ("boxed", "so \\boxed{13}", True, 0.0),
@@ -42,7 +42,7 @@ def test_coin_is_fair_and_repeats_for_its_stream():
 
 def test_weighted_sum():
     rewards = Rewards({"verifier": 1.0, "answered": 0.25})
-    assert rewards(sample("Answer: 1 2")) == 1.25
+    assert rewards(sample("Answer: 12")) == 1.25
     assert rewards(sample("Answer: 7")) == 0.25
 
 

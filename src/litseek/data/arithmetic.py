@@ -18,7 +18,6 @@ ACCEPT = 0.99
 """Scores below this are junk that some verifiers half accept."""
 SPLITS = {"sft": (0, 45), "grpo": (45, 90), "eval": (90, 100)}
 """Percent of all problem texts, from and to."""
-DIGITS = ("spaced", "plain")
 STRIDE = 64
 """Candidates per index; at 45 percent a split misses all of them once in 4e16."""
 EVAL_CANDIDATES = 100_000
@@ -53,7 +52,7 @@ class Arithmetic:
     """Problems of one split; ``problems[i]`` is a pure function of (seed, i), for every i >= 0.
 
     ``options`` are the task's own settings (its difficulty). ``worked`` writes steps before the answer.
-    ``digits="spaced"`` writes 12 as "1 2", so that a tokenizer that joins digits still sees each one.
+    ``spaced_digits`` writes 12 as "1 2", so that a tokenizer that joins digits still shows each one to the model.
     ``limit`` keeps only the first so many problems of the split and reshuffles them every epoch.
     """
 
@@ -63,19 +62,17 @@ class Arithmetic:
         task: str = "chain_sum",
         options: dict[str, Any] | None = None,
         worked: bool = True,
-        digits: str = "spaced",
+        spaced_digits: bool = False,
         limit: int | None = None,
         seed: int = 0,
     ):
         if split not in SPLITS:
             raise ValueError(f"split is {split!r}, allowed are {', '.join(SPLITS)}.")
-        if digits not in DIGITS:
-            raise ValueError(f"digits is {digits!r}, allowed are {', '.join(DIGITS)}.")
         if worked and task not in WORKED_STEPS:
             raise ValueError(f"worked is true but task {task!r} has no worked steps, only {', '.join(WORKED_STEPS)}.")
         if limit is not None and limit < 1:
             raise ValueError(f"limit is {limit}, it must be at least 1 or null.")
-        self.split, self.task, self.worked, self.digits, self.limit = split, task, worked, digits, limit
+        self.split, self.task, self.worked, self.limit, self.spaced_digits = split, task, worked, limit, spaced_digits
         self.options = dict(options or {})
         self._source = _create(task, self.options)
         self.set_seed(seed)
@@ -115,7 +112,7 @@ class Arithmetic:
         prompt = f"{expression} =" if self.task in WORKED_STEPS and expression else entry["question"]
         steps = WORKED_STEPS[self.task](expression) if self.worked and expression else []
         solution = "\n".join([*steps, f"{ANSWER_MARK} {entry['answer']}"])
-        if self.digits == "spaced":
+        if self.spaced_digits:
             prompt, solution = space_digits(prompt), space_digits(solution)
         return Problem(prompt, solution, entry)
 
@@ -124,7 +121,7 @@ class Arithmetic:
         answer = extract_answer(response)
         if answer is None:
             return 0.0
-        if self.digits == "spaced":
+        if self.spaced_digits:
             answer = join_digits(answer)
         try:
             score = self._source.score_answer(answer=answer, entry=problem.entry)
