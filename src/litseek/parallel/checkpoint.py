@@ -1,247 +1,156 @@
-"""Checkpoints: torch.distributed.checkpoint in safetensors files, global names, everything else as JSON.
-
-A checkpoint is a folder: `model-*.safetensors` (all tensors), `state.json` (numbers, names and the tree the tensors hang
-in), `config.json` (the model), `tokenizer.json`, and `manifest.json` with every file's size and sha256. Neither writing
-nor reading touches pickle: torch.distributed.checkpoint's own metadata file would be one, its safetensors storage is not.
-"""
+"""Where weights come from: a run, a stage, a checkpoint or a released-format folder; and putting them into a model."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import random
-import shutil
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from litseek.errors import LitseekError
-from litseek.parallel.tree import flatten, unflatten
+from litseek.models.config import DeepSeekV3Config
+from litseek.models.hf import load_pretrained
+from litseek.models.hf_config import config_from_json, read_json
+from litseek.models.transformer import Transformer, build
+from litseek.parallel import storage
 
-MANIFEST = "manifest.json"
-STATE = "state.json"
-CONFIG = "config.json"
-TOKENIZER = "tokenizer.json"
-LAST = "last"
-"""File beside the checkpoints that holds the name of the newest finished one."""
-FORMAT = 1
-SHARD = 2**30
-"""Bytes of tensors in one file."""
+STAGES = ("pretrain", "context_32k", "context_128k", "sft", "grpo")
+"""The lineage's order, in which a run's last finished stage is looked for."""
+FREE = (
+    *("max_position_embeddings", "rope_scaling", "aux_loss_alpha", "aux_loss_reduction", "seq_aux", "mtp_aux_loss"),
+    *("initializer_range", "num_nextn_predict_layers", "group_score_experts", "bos_token_id", "eos_token_id"),
+    *("num_key_value_heads",),
+)
+"""Configuration fields that may differ between a checkpoint and the model that takes its weights."""
 
 
-def save(
-    folder: Path, state: Mapping[str, Any], config: Mapping[str, Any] | None = None, tokenizer: str | None = None
-) -> None:
-    """Write ``state`` (nested; tensors, numbers, text) as the checkpoint ``folder``, all of it or nothing.
+@dataclass(frozen=True)
+class CheckpointRef:
+    """Weights on disk, found but not read yet."""
 
-    ``config`` is the model's, ``tokenizer`` the text of its tokenizer.json. Errors: LitseekError naming the folder when
-    the disk refuses; an earlier checkpoint of the same name stays as it was.
+    path: Path
+    released: bool
+    """In the released format instead of our own."""
+    config: DeepSeekV3Config
+    stage: str | None = None
+    """Which stage wrote it, when one did."""
+
+    @property
+    def tokenizer(self) -> Path | None:
+        """Its tokenizer.json, where it has one."""
+        path = self.path / storage.TOKENIZER
+        return path if path.is_file() else None
+
+    @property
+    def digest(self) -> str:
+        """Changes with the content: of our manifest (all files' sha256), or of a released folder's names, sizes and JSON."""
+        if not self.released:
+            return hashlib.sha256((self.path / storage.MANIFEST).read_bytes()).hexdigest()
+        digest = hashlib.sha256()
+        for path in sorted(self.path.iterdir()):
+            if path.suffix in (".json", ".safetensors"):
+                digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+            if path.suffix == ".json":
+                digest.update(path.read_bytes())
+        return digest.hexdigest()
+
+
+def resolve_checkpoint(path: str | Path) -> CheckpointRef:
+    """What ``init_from`` and ``checkpoint`` name: a run folder (its last finished stage), a stage folder (its newest
+    checkpoint), a checkpoint, or a released-format folder. Errors: LitseekError in one sentence."""
+    folder = Path(path).expanduser()
+    if not folder.exists():
+        raise LitseekError(f"{folder}: no such checkpoint, stage or run folder.")
+    if (folder / storage.MANIFEST).is_file():
+        return _own(folder)
+    if (folder / "checkpoints").is_dir():
+        newest = storage.last(folder / "checkpoints")
+        if newest is None:
+            raise LitseekError(f"{folder / 'checkpoints'}: no finished checkpoint in it yet.")
+        return _own(newest)
+    finished = [name for name in STAGES if (folder / name / "receipt.json").is_file()]
+    if finished:
+        return resolve_checkpoint(folder / finished[-1])
+    if (folder / storage.CONFIG).is_file() and any(folder.glob("*.safetensors")):
+        config = config_from_json(read_json(folder / storage.CONFIG), folder / storage.CONFIG)
+        return CheckpointRef(folder, True, config)
+    begun = [name for name in STAGES if (folder / name).is_dir()]
+    if begun:
+        raise LitseekError(f"{folder}: no stage of this run has finished; give {folder / begun[-1]} for its newest checkpoint.")
+    raise LitseekError(
+        f"{folder}: neither a run, a stage, a checkpoint ({storage.MANIFEST}) nor released weights "
+        f"({storage.CONFIG} and *.safetensors)."
+    )
+
+
+def load_weights(target: Any, ref: CheckpointRef) -> None:
+    """Fill a Transformer, or a stage (which also takes over the parent's tokenizer and rotary settings).
+
+    Errors: LitseekError naming the configuration key or the parameter that does not fit, or the damaged file.
     """
-    tensors, rest = flatten(state)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    for left in folder.parent.glob(".*.partial"):
-        shutil.rmtree(left, ignore_errors=True)  # of a process that was killed while saving
-    partial = folder.parent / f".{folder.name}.partial"
-    try:
-        partial.mkdir()
-        _save_tensors(partial, tensors)
-        _write(partial / STATE, json.dumps(rest))
-        if config is not None:
-            _write(partial / CONFIG, json.dumps(config, indent=2))
-        if tokenizer is not None:
-            _write(partial / TOKENIZER, tokenizer)
-        files = {path.name: _fingerprint(path) for path in sorted(partial.iterdir())}
-        _write(partial / MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=2))
-        for path in (*partial.iterdir(), partial):
-            _sync(path)
-        if folder.exists():
-            remove(folder)
-        partial.rename(folder)
-        _point(folder)
-    except Exception as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        cause = _os_error(error)
-        if cause is None:
-            raise
-        raise LitseekError(
-            f"{folder}: the checkpoint could not be written ({cause.strerror or cause}); earlier checkpoints are unharmed."
-        ) from error
-
-
-def load(folder: Path, prefix: str = "") -> dict[str, Any]:
-    """The state that `save` was given, every file checked first; with ``prefix`` only that branch (say "state_dict/").
-
-    Errors: LitseekError naming the file that is missing, truncated or damaged.
-    """
-    verify(folder)
-    try:
-        rest = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        reader = HuggingFaceStorageReader(str(folder))
-        found = reader.read_metadata().state_dict_metadata
-        tensors = {
-            name: torch.empty(meta.size, dtype=meta.properties.dtype)  # type: ignore[union-attr]
-            for name, meta in found.items()
-            if name.startswith(prefix)
-        }
-        if tensors:
-            with _alone():
-                dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
-    except Exception as error:
-        raise LitseekError(f"{folder}: not a readable checkpoint ({error}).") from error
-    return unflatten(tensors, rest, prefix)
-
-
-def verify(folder: Path) -> dict[str, Any]:
-    """The manifest, after every file it names was found whole."""
-    if not folder.is_dir():
-        raise LitseekError(f"{folder}: no such checkpoint.")
-    manifest = folder / MANIFEST
-    try:
-        content = json.loads(manifest.read_text(encoding="utf-8"))
-        files = content["files"]
-        version = content["format"]
-    except FileNotFoundError:
-        raise LitseekError(f"{manifest}: missing, so {folder} is not a finished checkpoint.") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise LitseekError(f"{manifest}: damaged ({error}).") from error
-    if version != FORMAT:
-        raise LitseekError(f"{manifest}: format {version} is not known here, only {FORMAT}.")
-    for name, (size, digest) in files.items():
-        path = folder / name
-        if Path(name).name != name or not path.is_file():
-            raise LitseekError(f"{path}: missing from the checkpoint.")
-        if path.stat().st_size != size:
-            raise LitseekError(f"{path}: truncated, {path.stat().st_size} bytes where {size} were written.")
-        if _fingerprint(path)[1] != digest:
-            raise LitseekError(f"{path}: damaged, its sha256 differs from the manifest's.")
-    stray = {path.name for path in folder.glob("*.safetensors")} - set(files)
-    if stray:
-        raise LitseekError(f"{folder / min(stray)}: not named in the manifest.")
-    return content
-
-
-def remove(folder: Path) -> None:
-    """Take a checkpoint away; its manifest goes first, so that a half-removed one is never taken for whole."""
-    (folder / MANIFEST).unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def last(checkpoints: Path) -> Path | None:
-    """The newest finished checkpoint of a stage's `checkpoints` folder, by its pointer."""
-    pointer = checkpoints / LAST
-    if not pointer.is_file():
-        return None
-    name = pointer.read_text(encoding="utf-8").strip()
-    if not name or Path(name).name != name:
-        raise LitseekError(f"{pointer}: damaged, it should hold the name of a checkpoint.")
-    return checkpoints / name
-
-
-def keep_newest(checkpoints: Path, keep: int) -> None:
-    """Remove all but the ``keep`` newest `step-*` folders; the one that `last` points to always stays."""
-    newest = last(checkpoints)
-    steps = sorted(path for path in checkpoints.glob("step-*") if path.is_dir())
-    for path in steps[:-keep] if keep > 0 else []:
-        if path != newest:
-            remove(path)
-
-
-def random_state() -> dict[str, Any]:
-    """Generators of this process: python, numpy, torch and, where there are GPUs, theirs."""
-    version, internal, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()  # type: ignore[misc]
-    return {
-        "python": [version, list(internal), gauss],
-        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-def set_random_state(state: Mapping[str, Any]) -> None:
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    name, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
-
-
-def _save_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """In files of about `SHARD` bytes: each is put together in memory before it is written."""
-    if not tensors:
+    if not isinstance(target, Transformer):
+        target.start_from(ref)
         return
-    own, shard, room, seen = {}, {}, 0, set()
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().contiguous()
-        storage = tensor.untyped_storage()
-        if storage.nbytes() != tensor.nbytes or storage.data_ptr() in seen:
-            tensor = tensor.clone()  # safetensors refuses tensors that share memory
-        seen.add(storage.data_ptr())
-        if tensor.nbytes > room:
-            shard[name], room = max(shard.values(), default=0) + 1, SHARD
-        else:
-            shard[name] = max(shard.values())
-        room -= tensor.nbytes
-        own[name] = tensor
-    with _alone():
-        dcp.save(own, storage_writer=HuggingFaceStorageWriter(str(folder), shard), no_dist=True)
+    check_same_model(target.cfg, ref)
+    if ref.released:
+        weights: Mapping[str, Tensor] = load_pretrained(ref.path).state_dict()
+    else:
+        weights = storage.load(ref.path, prefix="state_dict/")["state_dict"]
+    _fill(target, weights, ref)
 
 
-@contextmanager
-def _alone() -> Iterator[None]:
-    """Without the remark that this is a single process: replicated state is written by rank 0 alone."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
+def load_model(ref: CheckpointRef, precision: Any = None) -> Transformer:
+    """A model built and filled from the checkpoint alone: for generation, conversion and evaluation."""
+    if ref.released:
+        return load_pretrained(ref.path, precision)
+    model = build(ref.config, precision)
+    load_weights(model, ref)
+    return model
 
 
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+def check_same_model(cfg: DeepSeekV3Config, ref: CheckpointRef) -> None:
+    """The shapes agree, or LitseekError naming the key and both values."""
+    ours, theirs = cfg.to_dict(), ref.config.to_dict()
+    for key in ours:
+        if key not in FREE and ours[key] != theirs[key]:
+            raise LitseekError(f"model.{key}={ours[key]} does not fit the checkpoint {ref.path}, which has {theirs[key]}.")
+    if cfg.num_nextn_predict_layers > ref.config.num_nextn_predict_layers:
+        raise LitseekError(
+            f"model.num_nextn_predict_layers={cfg.num_nextn_predict_layers}, but the checkpoint {ref.path} has only "
+            f"{ref.config.num_nextn_predict_layers} MTP depths."
+        )
 
 
-def _fingerprint(path: Path) -> list[Any]:
-    with path.open("rb") as file:
-        return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
+@torch.no_grad()
+def _fill(model: Transformer, weights: Mapping[str, Tensor], ref: CheckpointRef) -> None:
+    own = model.state_dict()
+    for name, tensor in own.items():
+        if name not in weights:
+            raise LitseekError(f"{ref.path}: the checkpoint has no '{name}', which the model needs.")
+        if weights[name].shape != tensor.shape:
+            raise LitseekError(
+                f"{ref.path}: '{name}' has shape {tuple(weights[name].shape)}, the model wants {tuple(tensor.shape)}."
+            )
+    # MTP depths that the configuration leaves out are the only weights a model may ignore
+    extra = [n for n in weights if n not in own and not n.startswith("mtp.")]
+    if extra:
+        raise LitseekError(f"{ref.path}: the checkpoint has '{extra[0]}', which the model has no place for.")
+    for name, tensor in own.items():
+        tensor.copy_(weights[name])
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def _own(folder: Path) -> CheckpointRef:
+    for name in (storage.CONFIG, storage.STATE):
+        if not (folder / name).is_file():
+            raise LitseekError(f"{folder / name}: missing from the checkpoint.")
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _point(folder: Path) -> None:
-    """Let `last` name this checkpoint, and the folder's entries reach the disk."""
-    fresh = folder.parent / f".{LAST}.new"
-    _write(fresh, folder.name)
-    _sync(fresh)
-    fresh.rename(folder.parent / LAST)
-    _sync(folder.parent)
-
-
-def _os_error(error: BaseException | None) -> OSError | None:
-    """The disk's complaint behind an exception; torch.distributed.checkpoint wraps it."""
-    seen = set()
-    while error is not None and id(error) not in seen:
-        if isinstance(error, OSError):
-            return error
-        seen.add(id(error))
-        for wrapped in getattr(error, "failures", {}).values():
-            inner = wrapped[0] if isinstance(wrapped, tuple) else wrapped
-            if isinstance(inner, OSError):
-                return inner
-        error = error.__cause__ or error.__context__
-    return None
+        config = DeepSeekV3Config(**json.loads((folder / storage.CONFIG).read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise LitseekError(f"{folder / storage.CONFIG}: not a model configuration ({error}).") from error
+    stage = folder.parent.parent.name if folder.parent.name == "checkpoints" else None
+    return CheckpointRef(folder, False, config, stage)

@@ -40,12 +40,14 @@ class Action(NamedTuple):
 
 @dataclass
 class StepResult:
-    """What one pass over the micro-batches gave; `finite` and `grad_norm` are filled in by the strategy."""
+    """What one pass over the micro-batches gave; the last three are filled in by the strategy."""
 
     loss: Tensor
     metrics: dict[str, Tensor] = field(default_factory=dict)
     loads: dict[str, Tensor] = field(default_factory=dict)
     """Phase name -> (E,) int64 tokens that each expert received."""
+    tokens: int = 0
+    """Of the global batch."""
     finite: bool = True
     grad_norm: Tensor | None = None
 
@@ -103,16 +105,23 @@ class Executor:
         return run.result()
 
     @torch.no_grad()
-    def forward(self, micros: Sequence[MicroBatch], head: Callable[[State, MicroBatch], Any]) -> list[Any]:
-        """`head(state, micro)` of each micro-batch, without gradients: validation and scoring."""
+    def forward(
+        self, micros: Sequence[MicroBatch], head: Callable[[State, MicroBatch], Any], until: str | None = None
+    ) -> list[Any]:
+        """`head(state, micro)` of each micro-batch, without gradients: validation and scoring.
+
+        ``until`` names the last phase to run; "norm" leaves the MTP depths out.
+        """
+        phases = [phase for chunk in self.chunks for phase in chunk]
+        if until is not None:
+            phases = phases[: [phase.name for phase in phases].index(until) + 1]
         answers = []
         for micro in micros:
             state: State = {}
-            for chunk in self.chunks:
-                for phase in chunk:
-                    state = phase(state, micro)
-                    state.pop("aux", None)
-                    state.pop("load", None)
+            for phase in phases:
+                state = phase(state, micro)
+                state.pop("aux", None)
+                state.pop("load", None)
             answers.append(head(state, micro))
         return answers
 

@@ -25,7 +25,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from litseek.data.batch import MicroBatch
-from litseek.parallel import checkpoint
+from litseek.errors import LitseekError
+from litseek.parallel import storage
 from litseek.parallel.executor import Executor, HeadLoss, StepResult
 
 BUCKET = 2**24
@@ -152,10 +153,11 @@ class LitseekStrategy(ParallelStrategy):
 
     def forward_backward(self, micros: Sequence[MicroBatch], head_loss: HeadLoss) -> StepResult:
         """Loss and gradients of the global batch, of which ``micros`` are this rank's part; equal on all ranks."""
-        mine = torch.tensor(sum(micro.targets for micro in micros), dtype=torch.float64, device=self.root_device)
-        total = float(self.sum(mine))
+        mine = [sum(micro.targets for micro in micros), float(sum(micro.num_tokens for micro in micros))]
+        targets, tokens = self.sum(torch.tensor(mine, dtype=torch.float64, device=self.root_device)).tolist()
         # gradients and losses are averaged over ranks below, hence the division here
-        result = self.executor.forward_backward(micros, head_loss, total_targets=total / self.dp)
+        result = self.executor.forward_backward(micros, head_loss, total_targets=targets / self.dp)
+        result.tokens = int(tokens)
         self._reduce(result)
         grads = self._reduce_grads()
         result.grad_norm = torch.nn.utils.get_total_norm(grads)
@@ -256,22 +258,22 @@ class LitseekStrategy(ParallelStrategy):
             for group, stored in zip(optimizer.param_groups, saved["param_groups"]):
                 group.update({key: value for key, value in stored.items() if key != "params"})
 
-    def save_checkpoint(self, checkpoint_: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        state = checkpoint_ | {"random": self._gathered(checkpoint.random_state())}
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        state = checkpoint | {"random": self._gathered(storage.random_state())}
         failure: Exception | None = None
         if self.is_global_zero:
             try:
-                checkpoint.save(Path(filepath), state, **self.lightning_module.checkpoint_files())
+                storage.save(Path(filepath), state, **self.lightning_module.checkpoint_files())
             except Exception as error:  # told to every rank below, or the others would wait for ever
                 failure = error
         message = self.broadcast(None if failure is None else str(failure))
         if failure is not None:
             raise failure
         if message is not None:
-            raise checkpoint.LitseekError(message)
+            raise LitseekError(message)
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        state = checkpoint.load(Path(checkpoint_path))
+        state = storage.load(Path(checkpoint_path))
         states = state.pop("random", [])
         if self.global_rank < len(states):
             # set when training starts: building the optimizer and the data loader may still draw
@@ -281,11 +283,11 @@ class LitseekStrategy(ParallelStrategy):
     def on_train_start(self) -> None:
         state, self._random = self._random, None
         if state is not None:
-            checkpoint.set_random_state(state)
+            storage.set_random_state(state)
 
     def remove_checkpoint(self, filepath: str | Path) -> None:
         if self.is_global_zero:
-            checkpoint.remove(Path(filepath))
+            storage.remove(Path(filepath))
 
     _random: dict[str, Any] | None = None
 
