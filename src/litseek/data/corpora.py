@@ -12,6 +12,7 @@ import json
 import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -155,28 +156,34 @@ class HubDataset:
         import datasets
 
         try:
-            return datasets.load_dataset(**self.arguments)
+            dataset = datasets.load_dataset(**self.arguments)
         except Exception as e:  # it raises a dozen unrelated types
             reason = " ".join(str(e).split())
             raise LitseekError(f"datasets cannot load {self.arguments['path']!r}: {reason}") from e
+        return dataset if self.limit is None else dataset.take(self.limit)
 
     def identity(self) -> dict[str, Any]:
         return {"corpus": "hub", "field": self.field, "limit": self.limit, **self.arguments}
 
     def documents(self) -> Iterator[Document]:
-        for number, row in enumerate(self.load()):
-            if self.limit is not None and number >= self.limit:
-                return
-            yield self.document(number, row)
+        return self.read(self.load(), 0, None)
 
-    def document(self, number: int, row: dict[str, Any]) -> Document:
-        text = row.get(self.field)
-        if not isinstance(text, str):
-            raise LitseekError(
-                f"{self.arguments['path']} row {number}: no text in field {self.field!r}; "
-                f"the fields are {', '.join(sorted(row))}."
-            )
-        return Document(f"{self.arguments['path']}:{number}", text)
+    def read(self, dataset: Any, number: int, state: Any) -> Iterator[Document]:
+        """Documents after the first ``number``; ``state`` is the ``datasets`` stream's own record of that place."""
+        if state is not None:
+            dataset.load_state_dict(state)
+            return self._read(dataset, number)
+        return islice(self._read(dataset, 0), number, None)
+
+    def _read(self, dataset: Any, start: int) -> Iterator[Document]:
+        name = self.arguments["path"]
+        for number, row in enumerate(dataset, start=start):
+            text = row.get(self.field)
+            if not isinstance(text, str):
+                fields = ", ".join(sorted(row))
+                raise LitseekError(f"{name} row {number}: no text in field {self.field!r}; the fields are {fields}.")
+            if text.strip():
+                yield Document(f"{name}:{number}", text)
 
 
 def _decode(handle: IO[bytes], path: Path) -> str:
