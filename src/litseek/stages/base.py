@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from litseek.data.batch import MicroBatch
-from litseek.data.sources import gzip_bits_per_byte
+from litseek.data.sources import gzip_bits_per_byte, xz_bits_per_byte
 from litseek.errors import LitseekError
 from litseek.losses import linear_cross_entropy, mtp_loss
 from litseek.models.config import DeepSeekV3Config
@@ -77,6 +77,7 @@ class StageModule(pl.LightningModule):
         self.step_result: StepResult | None = None
         self.results: dict[str, float] = {}
         """What the receipt states, filled when training ends."""
+        self._compressed: dict[str, float] = {}
         self._prepared = False
         self._scores = Scores()
         self._validated_at = -1
@@ -275,14 +276,17 @@ class StageModule(pl.LightningModule):
         if num_bytes:
             everything = labels_in(self.data.validation())
             metrics["val/bits_per_byte"] = scores.bits_per_byte(num_bytes, everything)
-            metrics["val/gzip_bits_per_byte"] = self._gzip()
+            metrics |= self._compressors()
             metrics["val/bytes"] = float(num_bytes)
         return metrics
 
-    def _gzip(self) -> float:
-        if not hasattr(self, "_gzip_value"):
-            self._gzip_value = gzip_bits_per_byte(self.data.validation_text)
-        return self._gzip_value
+    def _compressors(self) -> dict[str, float]:
+        """What gzip -9 and xz -9e need for the same bytes."""
+        if not self._compressed:
+            text = self.data.validation_text
+            self._compressed["val/gzip_bits_per_byte"] = gzip_bits_per_byte(text)
+            self._compressed["val/xz_bits_per_byte"] = xz_bits_per_byte(text)
+        return self._compressed
 
     # -- checkpoints --------------------------------------------------------------------------------------------
 
