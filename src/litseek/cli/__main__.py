@@ -24,10 +24,14 @@ class Command:
 
 COMMANDS = {
     "train": Command("litseek.cli.train", "train one stage: stage=pretrain, context_32k, context_128k, sft or grpo"),
-    "pipeline": Command("litseek.cli.pipeline", "run all stages in order, each from its parent; finished ones are skipped"),
+    "pipeline": Command(
+        "litseek.cli.pipeline", "run all stages in order, each from its parent; finished ones are skipped"
+    ),
     "generate": Command("litseek.cli.generate", "answer a prompt, a file of prompts, or chat when there is no prompt"),
     "convert": Command("litseek.cli.convert", "read and write the released Hugging Face layout, FP8 or BF16"),
-    "report": Command("litseek.cli.report", "turn a run or an experiments folder into a page, tables and plots", "folder"),
+    "report": Command(
+        "litseek.cli.report", "turn a run or an experiments folder into a page, tables and plots", "folder"
+    ),
 }
 
 

@@ -109,7 +109,9 @@ def check_call(path: str, node: dict[str, Any]) -> None:
             what = f"{path}.{key}={node[key]!r}: {target.__name__} has no setting '{key}'"
             raise Usage(f"{what}{suggest(key, set(parameters) - filled - {'self'})}")
     needed = {
-        name for name, p in parameters.items() if p.default is p.empty and p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)
+        name
+        for name, p in parameters.items()
+        if p.default is p.empty and p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)
     }
     if absent := sorted(needed - given - filled):
         raise Usage(f"{target.__name__} needs {' and '.join(f'{path}.{key}' for key in absent)}, which nothing sets.")

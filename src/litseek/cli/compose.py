@@ -48,7 +48,9 @@ def conf_dir() -> Path:
     for folder in (package / "conf", package.parents[1] / "conf"):
         if (folder / "train.yaml").is_file():
             return folder
-    raise Usage(f"no conf/train.yaml beside {package} nor at the top of its repository: the installation is incomplete.")
+    raise Usage(
+        f"no conf/train.yaml beside {package} nor at the top of its repository: the installation is incomplete."
+    )
 
 
 def experiments_roots() -> list[Path]:
@@ -101,7 +103,7 @@ def _train(overrides: tuple[str, ...]) -> tuple[DictConfig, dict[str, Any]]:
         cfg, choices = _compose("train", plain)
     check_root(cfg, known, where=f"experiment={arm}" if arm else f"preset={preset}")
     with open_dict(cfg):
-        cfg.preset, cfg.experiment = preset, arm
+        cfg.name, cfg.preset, cfg.experiment = cfg.name or choices["stage"], preset, arm
     return cfg, choices
 
 
@@ -181,8 +183,11 @@ def _take(overrides: tuple[str, ...], key: str) -> str | None:
 
 def _arm_override(arm: str) -> str:
     """`experiment=a/b` becomes a group choice that comes last, so that it wins over stage and preset."""
-    found = [str(path.relative_to(root / "experiments").with_suffix(""))
-             for root in experiments_roots() for path in sorted((root / "experiments").glob("*/*.yaml"))]
+    found = [
+        str(path.relative_to(root / "experiments").with_suffix(""))
+        for root in experiments_roots()
+        for path in sorted((root / "experiments").glob("*/*.yaml"))
+    ]
     if arm not in found:
         raise Usage.nearest(f"experiment={arm} has no file experiments/{arm}.yaml", arm, found)
     return f"+experiments@_global_={arm}"

@@ -41,8 +41,10 @@ Default run_dir: runs/<preset or model>; an experiment arm goes to runs/<folder>
 def overview(commands: dict[str, str]) -> str:
     width = max(map(len, commands))
     rows = "\n".join(f"  {name:<{width}}  {line}" for name, line in commands.items())
-    return f"litseek: DeepSeek-V3 from pre-training to GRPO.\n\nUsage: litseek <command> group=choice key=value …\n\n" \
-           f"Commands\n{rows}\n\n{RULES}\n{EXAMPLES}\nlitseek <command> --help lists a command's groups and keys."
+    return (
+        f"litseek: DeepSeek-V3 from pre-training to GRPO.\n\nUsage: litseek <command> group=choice key=value …\n\n"
+        f"Commands\n{rows}\n\n{RULES}\n{EXAMPLES}\nlitseek <command> --help lists a command's groups and keys."
+    )
 
 
 def command(name: str, line: str) -> str:
@@ -53,8 +55,13 @@ def command(name: str, line: str) -> str:
     defaults = OmegaConf.to_container(OmegaConf.load(root)).get("defaults", [])  # type: ignore[union-attr]
     groups = [f"  {group:<11}{choices(group)}" for entry in defaults if isinstance(entry, dict) for group in entry]
     keys = [f"  {text}" for text in root.read_text().split("\n") if re.match(r"\w+:.*\S", text) and text != "defaults:"]
-    parts = [f"litseek {name}: {line}", "\n".join(["Groups", *groups]) if groups else "",
-             "\n".join(["Keys, as key=value", *keys]), NOTES.get(name, "").rstrip(), RULES.rstrip()]
+    parts = [
+        f"litseek {name}: {line}",
+        "\n".join(["Groups", *groups]) if groups else "",
+        "\n".join(["Keys, as key=value", *keys]),
+        NOTES.get(name, "").rstrip(),
+        RULES.rstrip(),
+    ]
     return "\n\n".join(part for part in parts if part)
 
 

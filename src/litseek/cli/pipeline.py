@@ -1,0 +1,62 @@
+"""`litseek pipeline`: the stages in order, each from its parent's checkpoint, then a report and a sample.
+
+Stages run in this process one after the other, so killing the command kills the stage, and the same command again skips
+what is finished and goes on in what is not.
+"""
+
+from __future__ import annotations
+
+import importlib
+import secrets
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from litseek.cli import compose
+from litseek.cli.folder import is_zero, say
+from litseek.cli.train import summary, train
+
+RERUN = ".rerun"
+"""File in the run folder that names a request to run again which is not done yet."""
+
+
+def run(cfg: DictConfig) -> None:
+    """`cfg.jobs` holds each stage's configuration, composed and checked before the first one starts."""
+    request = rerun_request(Path(cfg.run_dir), cfg.start)
+    asked = False
+    for name, job in cfg.jobs.items():
+        asked = asked or name == cfg.start
+        result = train(job, request if asked else None)
+        say(summary(Path(cfg.run_dir) / name, result))
+    if is_zero():
+        (Path(cfg.run_dir) / RERUN).unlink(missing_ok=True)
+        finish(cfg)
+
+
+def rerun_request(run_dir: Path, start: str | None) -> str | None:
+    """A name for this request to run again from `start`, the same one until it is done: a killed one is gone on with."""
+    if start is None:
+        return None
+    path = run_dir / RERUN
+    if path.is_file() and path.read_text(encoding="utf-8").startswith(f"start={start} "):
+        return path.read_text(encoding="utf-8")
+    request = f"start={start} {secrets.token_hex(8)}"
+    run_dir.mkdir(parents=True, exist_ok=True)
+    path.write_text(request, encoding="utf-8")
+    return request
+
+
+def finish(cfg: DictConfig) -> None:
+    """The report page, and what the trained model says to `prompt`."""
+    if cfg.report:
+        call("report", folder=str(cfg.run_dir))
+    if cfg.prompt is not None:
+        print(f"\n{cfg.prompt}")
+        call("generate", checkpoint=str(cfg.run_dir), prompt=str(cfg.prompt))
+
+
+def call(command: str, **settings: Any) -> None:
+    """Another command with its defaults and these settings."""
+    job = compose.compose(command, ())
+    importlib.import_module(f"litseek.cli.{command}").run(OmegaConf.merge(job.cfg, settings))

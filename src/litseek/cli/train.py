@@ -1,0 +1,156 @@
+"""`litseek train`: build one stage from its configuration, run it to its end, and leave a receipt."""
+
+from __future__ import annotations
+
+import logging
+import netrc
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from litseek.callbacks import MetricsCSV
+from litseek.cli import receipt as receipts
+from litseek.cli.folder import Attempt, begin, finished, is_zero, say
+from litseek.parallel.checkpoint import CheckpointRef, load_weights, resolve_checkpoint
+
+
+def run(cfg: DictConfig) -> None:
+    """One stage, and one line at the end that says where it lies and what it reached."""
+    result = train(cfg)
+    say(summary(Path(cfg.run_dir) / cfg.name, result))
+
+
+def train(cfg: DictConfig, rerun: str | None = None) -> dict[str, Any]:
+    """Train the stage unless its receipt matches; return the receipt.
+
+    `rerun` names a request to train anew what matches too; a folder that this request already made is gone on with.
+    """
+    config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    folder = Path(cfg.run_dir) / cfg.name
+    parent = None if cfg.init_from is None else resolve_checkpoint(cfg.init_from)
+    parent_digest = None if parent is None else parent.digest
+    if (done := finished(folder, config, parent_digest, rerun)) is not None:
+        say(f"{folder}: finished and nothing changed; skipped.")
+        return done
+    _quieten()
+    objects = build(cfg, parent)  # before the folder is touched: a mistake in a value must not harm what is there
+    attempt = begin(folder, config, parent_digest, rerun)
+    return _fit(cfg, config, objects, attempt, parent_digest)
+
+
+def build(cfg: DictConfig, parent: CheckpointRef | None) -> dict[str, Any]:
+    """The stage with its parent's weights, the callbacks and the strategy. Every constructor checks its own values."""
+    pl.seed_everything(cfg.seed, verbose=False)
+    parts = {key: make(cfg[key]) for key in ("model", "precision", "optim", "data")}
+    stage = make(cfg.stage, **parts, seed=cfg.seed)
+    if parent is not None:
+        load_weights(stage, parent)
+    if is_zero():
+        stage.prepare_data()
+    callbacks = {name: make(node) for name, node in cfg.callbacks.items() if node is not None}
+    return {"stage": stage, "callbacks": callbacks, "strategy": make(cfg.strategy)}
+
+
+def make(node: DictConfig, **extra: Any) -> Any:
+    """The node's object. `extra` goes past Hydra, which would take a dataclass apart."""
+    return instantiate(node, _convert_="all", _partial_=True)(**extra)
+
+
+def _fit(
+    cfg: DictConfig, config: dict[str, Any], objects: dict[str, Any], attempt: Attempt, parent: str | None
+) -> dict[str, Any]:
+    """Lightning's fit from the last checkpoint; the stage's own results at its end make the receipt."""
+    folder, stage = attempt.folder, objects["stage"]
+    trainer = make(
+        cfg.trainer,
+        default_root_dir=str(folder),
+        callbacks=list(objects["callbacks"].values()),
+        strategy=objects["strategy"],
+        logger=loggers(cfg, config, folder, attempt.wandb_id),
+        num_nodes=cfg.cluster.num_nodes,
+    )
+    started = time.monotonic()
+    try:
+        trainer.fit(stage, ckpt_path=None if attempt.resume is None else str(attempt.resume))
+        spent = attempt.spent_s + time.monotonic() - started
+        result: dict[str, Any] = {}
+        if trainer.is_global_zero:
+            result = receipts.write_receipt(folder, config, parent, stage.tokens_seen, spent, stage.results)
+        return trainer.strategy.broadcast(result)
+    except SystemExit:  # what Lightning makes of Ctrl-C
+        if trainer.interrupted:
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        _close_wandb()
+
+
+def loggers(cfg: DictConfig, config: dict[str, Any], folder: Path, wandb_id: str) -> list[Any]:
+    """The configured loggers, told which run this is. W&B goes offline unless someone is logged in."""
+    made: list[Any] = [MetricsCSV(folder)]
+    for node in cfg.logger.values():
+        if node is None:
+            continue
+        extra: dict[str, Any] = {"save_dir": str(folder)}
+        if node["_target_"].endswith("WandbLogger"):
+            os.environ.setdefault("WANDB_SILENT", "true")
+            extra |= {
+                "id": wandb_id,
+                "group": group(cfg),
+                "name": f"{group(cfg)}/{cfg.name}",
+                "job_type": cfg.name,
+                "offline": not _wandb_login(),
+                "config": config,
+            }
+            if cfg.experiment:
+                extra["name"] = f"{cfg.experiment}/seed={cfg.seed}"
+        made.append(make(node, **{key: value for key, value in extra.items() if key not in node}))
+    return made
+
+
+def group(cfg: DictConfig) -> str:
+    """One W&B group for an experiment's arms and seeds, and one for all stages of a run folder."""
+    return str(cfg.experiment).split("/")[0] if cfg.experiment else Path(cfg.run_dir).as_posix().removeprefix("runs/")
+
+
+def summary(folder: Path, result: dict[str, Any]) -> str:
+    """`runs/demo/sft: 1.2M tokens in 80 s; eval/accuracy 0.41`."""
+    shown = "  ".join(
+        f"{name} {value:.4g}" for name, value in result["metrics"].items() if name.startswith(("val/", "eval/"))
+    )
+    return f"{folder}: {result['tokens']:,} tokens in {result['wall_s']:.0f} s   {shown}"
+
+
+def _wandb_login() -> bool:
+    """Whether W&B has a key, from the environment or from `wandb login`; WANDB_MODE=offline wins."""
+    if os.environ.get("WANDB_MODE") in ("offline", "disabled"):
+        return False
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].strip("/")
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def _close_wandb() -> None:
+    """So that the next stage of this process gets a run of its own."""
+    if (wandb := sys.modules.get("wandb")) is not None and wandb.run is not None:
+        wandb.finish(quiet=True)
+
+
+def _quieten() -> None:
+    """Lightning's hints are for its own API's users; what our users must know we say ourselves."""
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"lightning\..*")
+    warnings.filterwarnings("ignore", module=r"torch\..*")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
