@@ -24,7 +24,7 @@ def permute(x_TD: Tensor, order_R: Tensor, inverse_R: Tensor) -> Tensor:
 def unpermute(rows_RD: Tensor, weight_TK: Tensor, order_R: Tensor, inverse_R: Tensor) -> Tensor:
     """(T, D): the sum of a token's rows, each times its weight; float32 accumulation, rows' dtype out."""
     T, K = weight_TK.shape
-    chosen_TKD = _Reorder.apply(rows_RD, inverse_R, order_R).view(T, K, -1)
+    chosen_TKD = _Reorder.apply(rows_RD, inverse_R, order_R).view(T, K, rows_RD.shape[1])
     wide = torch.promote_types(rows_RD.dtype, weight_TK.dtype)
     return (chosen_TKD.to(wide) * weight_TK.to(wide).unsqueeze(-1)).sum(1).to(rows_RD.dtype)
 
@@ -33,15 +33,14 @@ class _Permute(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TD: Tensor, order_R: Tensor, inverse_R: Tensor) -> Tensor:
         ctx.save_for_backward(inverse_R)
-        ctx.shape = x_TD.shape
-        choices = order_R.numel() // max(x_TD.shape[0], 1)
-        return x_TD[order_R // max(choices, 1)]
+        choices = max(order_R.numel() // max(x_TD.shape[0], 1), 1)
+        ctx.shape = x_TD.shape[0], choices, x_TD.shape[1]
+        return x_TD[order_R // choices]
 
     @staticmethod
     def backward(ctx, grad_RD: Tensor):
         (inverse_R,) = ctx.saved_tensors
-        tokens, dim = ctx.shape
-        return grad_RD[inverse_R].view(tokens, -1, dim).sum(1), None, None
+        return grad_RD[inverse_R].view(ctx.shape).sum(1), None, None
 
 
 class _Reorder(torch.autograd.Function):

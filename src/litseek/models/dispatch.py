@@ -16,7 +16,7 @@ from torch import Tensor
 class Plan:
     """What combine must know. ``weight`` is the only part with a gradient: a phase takes it out and puts it back."""
 
-    weight: Tensor
+    weight: Tensor | None
     detail: Any
 
     def with_weight(self, weight: Tensor | None) -> Plan:
@@ -44,4 +44,5 @@ class LocalDispatcher:
 
     def combine(self, rows_RD: Tensor, plan: Plan) -> Tensor:
         """(T, D): the sum over a token's experts, times the gate's weights."""
+        assert plan.weight is not None, "the plan's weight was taken out and not put back"
         return unpermute(rows_RD, plan.weight, *plan.detail)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -58,10 +58,10 @@ class Transformer(nn.Module):
     def phases(self) -> list[Phase]:
         """Everything that turns token ids into head inputs, in order: "hidden" (after the final norm) and "mtp.<k>"."""
         phases = [Phase("embed", self._embed, (self.embed_tokens,))]
-        for i, block in enumerate(self.layers):
+        for i, block in enumerate(self._blocks()):
             phases += block.phases(f"layers.{i}")
         phases.append(Phase("norm", self._norm, (self.norm,)))
-        for depth, mtp in enumerate(self.mtp):
+        for depth, mtp in enumerate(self._depths()):
             phases += mtp.phases(depth, self.embed_tokens)
         return phases
 
@@ -97,14 +97,14 @@ class Transformer(nn.Module):
         ``cache.length`` must already cover the new positions.
         """
         x = self.embed_tokens(tokens_BS)
-        for i, block in enumerate(self.layers):
+        for i, block in enumerate(self._blocks()):
             x = block.forward_cached(x, positions_BS, cache.layer(i), cache.length, absorbed)
         return self.norm(x)
 
     def balance_routers(self) -> dict[str, Router]:
         """Phase name -> the router whose load that phase reports, MTP's included."""
-        blocks = {f"layers.{i}": block for i, block in enumerate(self.layers)}
-        blocks |= {f"mtp.{k}": mtp.block for k, mtp in enumerate(self.mtp)}
+        blocks = {f"layers.{i}": block for i, block in enumerate(self._blocks())}
+        blocks |= {f"mtp.{k}": mtp.block for k, mtp in enumerate(self._depths())}
         return {f"{name}.attend": b.mlp.gate for name, b in blocks.items() if isinstance(b.mlp, MoE)}
 
     @torch.no_grad()
@@ -119,6 +119,12 @@ class Transformer(nn.Module):
             parameter.normal_(0.0, self.cfg.initializer_range, generator=generator)
         for router in self.balance_routers().values():
             router.e_score_correction_bias.zero_()
+
+    def _blocks(self) -> list[Block]:
+        return cast(list[Block], list(self.layers))
+
+    def _depths(self) -> list[MTP]:
+        return cast(list[MTP], list(self.mtp))
 
     def _embed(self, state: State, micro: MicroBatch) -> State:
         return {"x": self.embed_tokens(micro.tokens)}

@@ -34,7 +34,7 @@ class Precision:
     name: str
     compute_dtype: torch.dtype
 
-    def linear(self, in_features: int, out_features: int, role: str = "linear") -> nn.Module:
+    def linear(self, in_features: int, out_features: int, role: str = "linear") -> Linear:
         """A Linear with an FP32 ``weight``. Roles: "linear", "head", "mtp" (eh_proj); the last two are always kept high."""
         return Linear(in_features, out_features, self.compute_dtype)
 
