@@ -33,7 +33,8 @@ class RoutingStats(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
         result = pl_module.step_result
         step = trainer.global_step
-        to_log, to_file = step % trainer.log_every_n_steps == 0, step % self.every == 0 or step == 1
+        to_log = step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+        to_file = step % self.every == 0 or step == 1
         if not result.loads or not (to_log or to_file):
             return
         loads = {_layer(name): load.detach().cpu() for name, load in result.loads.items()}

@@ -59,7 +59,7 @@ class Throughput(Callback):
             self._skip -= 1
             return
         self._window.append((pl_module.tokens_seen - self._tokens_before, self._ended - self._started))
-        if trainer.global_step % trainer.log_every_n_steps == 0:
+        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             for name, value in self._rates(trainer, pl_module).items():
                 pl_module.log(f"throughput/{name}", value)
 
