@@ -10,7 +10,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,8 +39,8 @@ class Origin:
     """
 
     config: dict[str, Any] = field(default_factory=dict)
-    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
-    scales: dict[str, Tensor] = field(default_factory=dict)
+    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
+    scales: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def load_pretrained(folder: str | Path, precision: Any = None) -> Transformer:
@@ -60,7 +60,10 @@ def load_pretrained(folder: str | Path, precision: Any = None) -> Transformer:
                 source.check_copy(piece)
             else:
                 state[piece.param][piece.index].copy_(source.weight(piece))
-    model.__dict__["origin"] = source.origin()  # nn.Module's own __setattr__ is for tensors and modules
+    origin = source.origin()
+    model.__dict__["origin"] = replace(
+        origin, scales=dict(origin.scales)
+    )  # nn.Module's own __setattr__ is for tensors and modules
     return model
 
 
@@ -78,6 +81,22 @@ def save_pretrained(
         entries = released_entries(model.cfg, lambda piece: state[piece.param][piece.index], dtype, origin)
         write_shards(fresh, entries, shard_size)
         write_json(fresh / "config.json", released_config(model.cfg, dtype, origin))
+
+
+class StoredTensors(Mapping[str, Tensor]):
+    """Some tensors of a folder under other names, read when they are asked for and not kept."""
+
+    def __init__(self, reader: ShardReader, names: Mapping[str, str]) -> None:
+        self._reader, self._names = reader, names
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._reader.read(self._names[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 class ReleasedFolder:
@@ -106,18 +125,16 @@ class ReleasedFolder:
         """As in the file: FP8 codes stay codes."""
         return self.reader.read(piece.name)
 
-    def scale(self, piece: Piece) -> Tensor:
-        return self.reader.read(piece.scale_name)
-
     def weight(self, piece: Piece) -> Tensor:
         """As a number: FP8 becomes float32, code * scale."""
         stored = self.stored(piece)
-        return dequantise_block(stored, self.scale(piece)) if stored.dtype == FP8 else stored
+        return dequantise_block(stored, self.reader.read(piece.scale_name)) if stored.dtype == FP8 else stored
 
-    def origin(self, scales: bool = True) -> Origin:
-        """``scales=False`` leaves them in the files, to be read one at a time."""
-        held = {p.name: self.scale(p) for p in self.pieces if self._is_fp8(p)} if scales else {}
-        return Origin(self.raw, {p.name: self.reader.info[p.name][1] for p in self.pieces}, held)
+    def origin(self) -> Origin:
+        """Scales stay in the files and are read when asked for."""
+        dtypes = {p.name: self.reader.info[p.name][1] for p in self.pieces}
+        names = {p.name: p.scale_name for p in self.pieces if self._is_fp8(p)}
+        return Origin(self.raw, dtypes, StoredTensors(self.reader, names))
 
     def check_copy(self, piece: Piece) -> None:
         """MTP shares embedding and head; a folder that holds other ones beside them loses those, and is told so."""
@@ -172,35 +189,34 @@ class ReleasedFolder:
 
 
 def released_entries(
-    cfg: DeepSeekV3Config,
-    weight: Callable[[Piece], Tensor],
-    dtype: str | None,
-    origin: Origin,
-    own: torch.dtype = torch.float32,
+    cfg: DeepSeekV3Config, stored: Callable[[Piece], Tensor], dtype: str | None, origin: Origin
 ) -> Iterator[Entry]:
     """Every tensor of the released layout, made when it is written.
 
-    ``weight`` gives a piece as a number, or as FP8 codes where those are wanted unchanged (then ``origin.scales`` has
-    the scale). ``own`` is the dtype of a tensor that neither ``dtype`` nor ``origin`` decides.
+    ``stored`` gives a piece as it is held: numbers, or FP8 codes whose scale is in ``origin.scales``. Numbers that have
+    a scale there came from FP8: unchanged blocks go back to it.
     """
     for piece in released_layout(cfg):
         if piece.copy and origin.dtypes and piece.name not in origin.dtypes:
             continue
-        target = target_dtype(piece, dtype, origin, own)
+        target = target_dtype(piece, dtype, origin)
         if target != FP8:
-            yield Entry(piece.name, piece.shape, target, partial(_cast, weight, piece, target))
+            yield Entry(piece.name, piece.shape, target, partial(_numbers, piece, stored, origin.scales, target))
             continue
-        quantised = _Quantised(piece, weight, origin.scales)
+        quantised = _Quantised(piece, stored, origin.scales)
         yield Entry(piece.name, piece.shape, FP8, quantised.codes)
         yield Entry(piece.scale_name, piece.scale_shape, torch.float32, quantised.scale)
 
 
-def target_dtype(piece: Piece, dtype: str | None, origin: Origin, own: torch.dtype = torch.float32) -> torch.dtype:
-    """How a piece is stored: the release keeps biases in float32 and all but the big matrices out of FP8."""
+def target_dtype(piece: Piece, dtype: str | None, origin: Origin) -> torch.dtype:
+    """How a piece is stored: the release keeps biases in float32 and all but the big matrices out of FP8.
+
+    ``dtype=None`` keeps what the origin had; float32, the masters' own, where there is none.
+    """
     if dtype is None:
-        return origin.dtypes.get(piece.name, own)
+        return origin.dtypes.get(piece.name, torch.float32)
     if dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype} is not known: allowed are {', '.join(DTYPES)}, auto")
+        raise ValueError(f"dtype={dtype} is not known: allowed are keep, {', '.join(DTYPES)}")
     if dtype == "fp32" or piece.name.endswith(BIAS_SUFFIX):
         return torch.float32
     return FP8 if dtype == "fp8" and piece.quantised else torch.bfloat16
@@ -248,29 +264,27 @@ def written_folder(target: Path, replace: bool) -> Iterator[Path]:
 class _Quantised:
     """Codes and scales of one matrix, worked out once although they are two entries."""
 
-    def __init__(self, piece: Piece, weight: Callable[[Piece], Tensor], scales: Mapping[str, Tensor]) -> None:
-        self.piece, self.weight, self.scales = piece, weight, scales
+    def __init__(self, piece: Piece, stored: Callable[[Piece], Tensor], scales: Mapping[str, Tensor]) -> None:
+        self.piece, self.stored, self.scales = piece, stored, scales
         self._scale: Tensor | None = None
 
-    def codes(self) -> Tensor:
-        weight = self.weight(self.piece)
-        old = self.scales.get(self.piece.name)
-        if weight.dtype == FP8:
-            assert old is not None
-            codes, self._scale = weight, old
-        elif old is None:
-            codes, self._scale = quantise_block(weight)
-        else:
-            codes, self._scale = requantise_block(weight.float(), old)
-        return codes
+    def codes(self) -> Iterator[Tensor]:
+        codes, self._scale = self._work()
+        yield codes
 
-    def scale(self) -> Tensor:
-        if self._scale is None:
-            self.codes()
+    def scale(self) -> Iterator[Tensor]:
         scale, self._scale = self._scale, None
-        assert scale is not None
-        return scale
+        yield self._work()[1] if scale is None else scale
+
+    def _work(self) -> tuple[Tensor, Tensor]:
+        stored, old = self.stored(self.piece), self.scales.get(self.piece.name)
+        if old is None:
+            return quantise_block(stored)
+        return (stored, old) if stored.dtype == FP8 else requantise_block(stored.float(), old)
 
 
-def _cast(weight: Callable[[Piece], Tensor], piece: Piece, dtype: torch.dtype) -> Tensor:
-    return weight(piece).to(dtype)
+def _numbers(
+    piece: Piece, stored: Callable[[Piece], Tensor], scales: Mapping[str, Tensor], dtype: torch.dtype
+) -> Iterator[Tensor]:
+    held = stored(piece)
+    yield dequantise_block(held, scales[piece.name], dtype) if held.dtype == FP8 else held.to(dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ QUANTIZATION = {
     "weight_block_size": [128, 128],
 }
 """``quantization_config`` of the released FP8 weights."""
-_OURS = ("aux_loss_reduction", "mtp_aux_loss")
-"""Settings of ours that the report leaves open; no other reader knows them, so they stay out of config.json."""
+_TRAINING = ("aux_loss_reduction", "mtp_aux_loss")
+"""Settings that only training reads and no other program knows: they stay out of config.json."""
+RELEASED_GROUP_SCORE = 2
+"""How many experts make a group's score in the released code and in every reader, whatever K_r / M is."""
 _ABSENT = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1, "seq_aux": True}
 """What transformers 5 leaves out because it knows no other value."""
 _DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp8": "bfloat16"}
@@ -56,10 +59,14 @@ def config_from_json(raw: dict[str, Any], path: Path) -> DeepSeekV3Config:
     if isinstance(values.get("eos_token_id"), list):
         values["eos_token_id"] = values["eos_token_id"][0]
     values.setdefault("num_nextn_predict_layers", 0)
-    known = {k: v for k, v in values.items() if k in DeepSeekV3Config.field_names() and k not in _OURS}
+    if not values.get("group_score_experts"):
+        values["group_score_experts"] = _group_score(values)
+    known = {k: v for k, v in values.items() if k in DeepSeekV3Config.field_names() and k not in _TRAINING}
     for name in ("bos_token_id", "eos_token_id"):
         if known.get(name, 0) is None:
             del known[name]
+    if known.get("num_key_value_heads") == known.get("num_attention_heads"):
+        known.pop("num_key_value_heads", None)  # ours is None for the same thing
     needed = [k for k in _SHAPE if k not in known]
     if needed:
         raise LitseekError(f"{path} lacks {needed[0]}")
@@ -70,8 +77,19 @@ def config_from_json(raw: dict[str, Any], path: Path) -> DeepSeekV3Config:
 
 
 def config_to_json(cfg: DeepSeekV3Config, dtype: str) -> dict[str, Any]:
-    """The released dialect, with what transformers and the servers need beside it. ``dtype``: fp32, bf16 or fp8."""
-    raw = {k: v for k, v in cfg.to_dict().items() if k not in _OURS}
+    """The released dialect, with what transformers and the servers need beside it. ``dtype``: fp32, bf16 or fp8.
+
+    Warns where other readers would choose other experts: they score a group by its best 2.
+    """
+    raw = {k: v for k, v in cfg.to_dict().items() if k not in _TRAINING}
+    del raw["group_score_experts"]
+    if cfg.n_group > 1 and cfg.experts_per_group_score != RELEASED_GROUP_SCORE:
+        raw["group_score_experts"] = cfg.experts_per_group_score
+        warnings.warn(
+            f"this model scores a group by its best {cfg.experts_per_group_score} experts; transformers, vLLM and SGLang "
+            f"take {RELEASED_GROUP_SCORE} and will route differently (model.group_score_experts=2 trains what they run)",
+            stacklevel=3,
+        )
     raw |= {
         "architectures": ["DeepseekV3ForCausalLM"],
         "model_type": "deepseek_v3",
@@ -90,6 +108,17 @@ def with_dtype(raw: dict[str, Any], dtype: str) -> dict[str, Any]:
     if dtype == "fp8":
         out["quantization_config"] = raw.get("quantization_config") or QUANTIZATION
     return out
+
+
+def _group_score(raw: dict[str, Any]) -> int | None:
+    """2 where the report's K_r / M would be another number, so that logits are those of the other readers."""
+    try:
+        groups, per_group = raw["n_group"], raw["n_routed_experts"] // raw["n_group"]
+        by_report = max(1, raw["num_experts_per_tok"] // raw["topk_group"])
+    except (KeyError, TypeError, ZeroDivisionError):
+        return None  # the config's own checks name what is wrong
+    released = min(RELEASED_GROUP_SCORE, per_group)
+    return None if groups == 1 or min(by_report, per_group) == released else released
 
 
 def _check_quantization(raw: dict[str, Any], path: Path) -> None:

@@ -39,24 +39,18 @@ class ShardReader:
     Contents are mapped, not held: a tensor that was read is freed with its last reference.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, files: Iterable[str] | None = None) -> None:
+        """``files``: all safetensors to look into; by default those that the folder's index names."""
         self.folder = folder
         self.info: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         self._file_of: dict[str, str] = {}
         self._open: tuple[str, Any] | None = None
-        index = folder / INDEX
-        if index.is_file():
-            weight_map = read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map:
-                raise LitseekError(f"{index} has no weight_map")
-            files = sorted(set(weight_map.values()))
-        elif (folder / SINGLE).is_file():
-            weight_map, files = None, [SINGLE]
-        else:
-            raise LitseekError(f"{folder} holds neither {INDEX} nor {SINGLE}")
+        weight_map: dict[str, str] = {}
+        if files is None:
+            weight_map, files = self._index()
         for file in files:
             self._scan(file)
-        for name, file in (weight_map or {}).items():
+        for name, file in weight_map.items():
             if self._file_of.get(name) != file:
                 raise LitseekError(f"{folder / file} lacks the tensor {name} that {INDEX} places there")
 
@@ -67,16 +61,29 @@ class ShardReader:
     def file_of(self, name: str) -> Path:
         return self.folder / self._file_of[name]
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, index: tuple[Any, ...] | None = None) -> Tensor:
+        """The tensor, or with ``index`` that part of it, without reading the rest."""
         if name not in self._file_of:
             raise LitseekError(f"{self.folder} has no tensor {name}")
         file = self._file_of[name]
         if self._open is None or self._open[0] != file:
             self._open = (file, self._handle(file))
         try:
-            return self._open[1].get_tensor(name)
+            return self._open[1].get_tensor(name) if index is None else self._open[1].get_slice(name)[index]
         except (SafetensorError, OSError, RuntimeError) as error:
             raise LitseekError(f"{self.folder / file}: the tensor {name} cannot be read: {error}") from None
+
+    def _index(self) -> tuple[dict[str, str], list[str]]:
+        """Where each tensor should be, and the files; without an index there is one file."""
+        index = self.folder / INDEX
+        if index.is_file():
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise LitseekError(f"{index} has no weight_map")
+            return weight_map, sorted(set(weight_map.values()))
+        if (self.folder / SINGLE).is_file():
+            return {}, [SINGLE]
+        raise LitseekError(f"{self.folder} holds neither {INDEX} nor {SINGLE}")
 
     def _scan(self, file: str) -> None:
         if Path(file).name != file:
@@ -109,7 +116,8 @@ class Entry:
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    make: Callable[[], Tensor]
+    parts: Callable[[], Iterable[Tensor]]
+    """Makes the tensor as consecutive pieces of its memory; only one piece is held at a time."""
 
     @property
     def num_bytes(self) -> int:
@@ -119,7 +127,7 @@ class Entry:
 def write_shards(folder: Path, entries: Iterable[Entry], shard_size: int) -> None:
     """Write ``entries`` as shards of at most ``shard_size`` bytes (one tensor at least), and the index.
 
-    Holds one tensor at a time. The folder must exist; what stays behind after an error is the caller's to remove.
+    Holds one piece of one tensor at a time. The folder must exist; what stays behind after an error is the caller's to remove.
     """
     shards: list[list[Entry]] = []
     filled = 0
@@ -154,8 +162,10 @@ def _write_shard(path: Path, shard: list[Entry]) -> None:
         file.write(struct.pack("<Q", len(text)))
         file.write(text)
         for entry in shard:
-            tensor = entry.make()
-            assert tuple(tensor.shape) == entry.shape and tensor.dtype == entry.dtype, entry.name
             file.seek(8 + len(text) + header[entry.name]["data_offsets"][0])
-            file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-            del tensor
+            written = 0
+            for part in entry.parts():
+                assert part.dtype == entry.dtype, f"{entry.name} is {part.dtype}, planned was {entry.dtype}"
+                written += file.write(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+                del part
+            assert written == entry.num_bytes, f"{entry.name} has {written} bytes, planned were {entry.num_bytes}"
