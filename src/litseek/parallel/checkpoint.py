@@ -47,6 +47,14 @@ class CheckpointRef:
         return path if path.is_file() else None
 
     @property
+    def seq_len(self) -> int | None:
+        """Length of the rows that its stage trained on, where one of ours wrote it."""
+        if self.released:
+            return None
+        state = json.loads((self.path / storage.STATE).read_text(encoding="utf-8"))
+        return state.get("stage", {}).get("seq_len")
+
+    @property
     def digest(self) -> str:
         """Changes with the content: of our manifest (all files' sha256), or of a released folder's names, sizes and JSON."""
         if not self.released:

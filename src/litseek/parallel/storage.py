@@ -13,7 +13,7 @@ import os
 import random
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -46,15 +46,30 @@ def save(
     ``config`` is the model's, ``tokenizer`` the text of its tokenizer.json. Errors: LitseekError naming the folder when
     the disk refuses; an earlier checkpoint of the same name stays as it was.
     """
-    tensors, rest = flatten(state)
+    tensors, tree = flatten(state)
+    write(folder, tree, lambda partial: _save_tensors(partial, tensors), config, tokenizer)
+    _point(folder)
+
+
+def write(
+    folder: Path,
+    tree: Mapping[str, Any],
+    save_tensors: Callable[[Path], None],
+    config: Mapping[str, Any] | None = None,
+    tokenizer: str | None = None,
+) -> None:
+    """`save` for a state that was flattened already; ``save_tensors`` puts its tensors, as safetensors, into a folder.
+
+    Nothing points to the checkpoint afterwards.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     for left in folder.parent.glob(".*.partial"):
         shutil.rmtree(left, ignore_errors=True)  # of a process that was killed while saving
     partial = folder.parent / f".{folder.name}.partial"
     try:
         partial.mkdir()
-        _save_tensors(partial, tensors)
-        _write(partial / STATE, json.dumps(rest))
+        save_tensors(partial)
+        _write(partial / STATE, json.dumps(tree))
         if config is not None:
             _write(partial / CONFIG, json.dumps(config, indent=2))
         if tokenizer is not None:
@@ -66,7 +81,6 @@ def save(
         if folder.exists():
             remove(folder)
         partial.rename(folder)
-        _point(folder)
     except Exception as error:
         shutil.rmtree(partial, ignore_errors=True)
         cause = _os_error(error)

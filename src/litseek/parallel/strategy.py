@@ -144,8 +144,9 @@ class LitseekStrategy(ParallelStrategy):
     def executor(self) -> Executor:
         if self._executor is None:
             chosen = set(self.recompute)
+            assert self.lightning_module is not None
             self._executor = Executor(
-                self._module.phases(),
+                self.lightning_module.phases(),  # type: ignore[operator]  # a stage may leave phases out
                 self.num_chunks,
                 recompute=lambda name: "all" in chosen or name.rpartition(".")[2] in chosen,
             )

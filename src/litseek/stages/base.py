@@ -20,8 +20,9 @@ from litseek.models.transformer import Transformer, build
 from litseek.optim import BatchRamp, set_lr, update_bias_
 from litseek.parallel import storage
 from litseek.parallel.checkpoint import CheckpointRef, load_weights
-from litseek.parallel.executor import State, StepResult
+from litseek.parallel.executor import Executor, State, StepResult
 from litseek.parallel.strategy import LitseekStrategy
+from litseek.stages.accuracy import judge
 from litseek.stages.loader import Batch, TrainingBatches, ValidationBatches, micro_batches
 from litseek.stages.scores import Scores, labels_in
 
@@ -35,6 +36,7 @@ class StageModule(pl.LightningModule):
     ``batch`` is the global batch in sequences, or a ramp of it; ``micro_batch`` the sequences that one rank computes at
     once. ``mtp_weight`` is lambda, ``balance_speed`` gamma: numbers or schedules over tokens (report §4.2).
     ``checkpoint_every`` steps a checkpoint is written (0: only the last), and ``checkpoint_keep`` of them are kept.
+    ``accuracy`` (a ``litseek.rl.evaluate.Accuracy``) judges held-out problems when training ends.
     Errors: ValueError at construction naming both keys that contradict each other.
     """
 
@@ -58,6 +60,7 @@ class StageModule(pl.LightningModule):
         recompute: bool = False,
         checkpoint_every: int = 0,
         checkpoint_keep: int = 2,
+        accuracy: Any = None,
         cache_dir: str | None = None,
     ) -> None:
         super().__init__()
@@ -66,6 +69,7 @@ class StageModule(pl.LightningModule):
         self.name = name or type(self).name
         self.mtp_weight, self.balance_speed, self.recompute = mtp_weight, balance_speed, recompute
         self.checkpoint_every, self.checkpoint_keep = checkpoint_every, checkpoint_keep
+        self.accuracy = accuracy
         self.cache_dir = Path(cache_dir or os.environ.get("LITSEEK_CACHE", "~/.cache/litseek")).expanduser()
         self.model: Transformer = None  # type: ignore[assignment]  # until configure_model
         self.parent: CheckpointRef | None = None
@@ -247,7 +251,7 @@ class StageModule(pl.LightningModule):
         self._validated_at = self.step
         self.log_dict(metrics)
 
-    def score(self, batch: Batch, scores: Scores) -> None:
+    def score(self, batch: Batch, scores: Scores, executor: Executor | None = None) -> None:
         """Add the main head's token losses of held-out rows."""
         weight, dtype = self.model.lm_head.weight, self.precision.compute_dtype
 
@@ -255,14 +259,14 @@ class StageModule(pl.LightningModule):
             nats = linear_cross_entropy(state["hidden"], weight, micro.labels, "none", compute_dtype=dtype)
             scores.add(nats, micro.labels)
 
-        self.strategy.executor.forward(self.inputs(batch), head, until="norm")
+        (executor or self.strategy.executor).forward(self.inputs(batch), head, until="norm")
 
-    def evaluate(self) -> Scores:
-        """The whole held-out split, outside Lightning's validation loop."""
+    def evaluate(self, executor: Executor | None = None) -> Scores:
+        """The whole held-out split, outside Lightning's validation loop; another executor scores another model."""
         scores = Scores()
         self.model.eval()
         for batch in self.val_dataloader():
-            self.score(batch, scores)
+            self.score(batch, scores, executor)
         self.model.train()
         scores.reduce(self.strategy.sum, self.device)
         return scores
@@ -306,7 +310,8 @@ class StageModule(pl.LightningModule):
 
     def final_metrics(self) -> dict[str, float]:
         """What the receipt states of the trained model."""
-        return self.measured(self.evaluate(), reduced=True)
+        metrics = self.measured(self.evaluate(), reduced=True)
+        return metrics if self.accuracy is None else metrics | judge(self, self.accuracy)
 
     def report(self, metrics: dict[str, float]) -> None:
         """Metrics that arise outside Lightning's loops, to every logger."""
@@ -321,7 +326,7 @@ class StageModule(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         counters = {key: getattr(self, key) for key in ("step", "consumed", "tokens_seen", "seed", "results")}
-        checkpoint["stage"] = {"name": self.name, **counters}
+        checkpoint["stage"] = {"name": self.name, "seq_len": self.data.seq_len, **counters}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint["stage"]
