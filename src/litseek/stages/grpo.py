@@ -69,7 +69,9 @@ class Grpo(StageModule):
         if not isinstance(self.batch, int):
             raise ValueError("stage.batch must be a number for grpo: every rollout has as many samples.")
         if self.group < 2:
-            raise ValueError(f"stage.group={self.group} must be at least 2: an advantage compares answers to one prompt.")
+            raise ValueError(
+                f"stage.group={self.group} must be at least 2: an advantage compares answers to one prompt."
+            )
         if self.batch % self.group:
             raise ValueError(f"stage.batch={self.batch} is not a multiple of stage.group={self.group}.")
         if self.updates_per_rollout < 1:
@@ -110,7 +112,7 @@ class Grpo(StageModule):
             load_weights(reference, self.parent)
         reference.to(self.device).requires_grad_(False).eval()
         self._reference_head = reference.lm_head.weight
-        return Executor(reference.phases()[: len(self.phases())])
+        return Executor(reference.phases()[: len(self.phases())])  # type: ignore[arg-type]
 
     # -- data ---------------------------------------------------------------------------------------------------
 
@@ -137,7 +139,7 @@ class Grpo(StageModule):
         return {} if self.accuracy is None else judge(self, self.accuracy)
 
     def final_metrics(self) -> dict[str, float]:
-        return {}
+        return self.measured(Scores())
 
     # -- rollouts -----------------------------------------------------------------------------------------------
 
@@ -219,7 +221,9 @@ class Grpo(StageModule):
         """This rank's samples, cut into micro-batches."""
         share = len(rollout) // self.strategy.dp
         first = self.strategy.dp_rank * share
-        return [slice(i, min(i + self.micro_batch, first + share)) for i in range(first, first + share, self.micro_batch)]
+        return [
+            slice(i, min(i + self.micro_batch, first + share)) for i in range(first, first + share, self.micro_batch)
+        ]
 
     def _micros(self, rollout: Rollout) -> list[MicroBatch]:
         return [rollout.micro(rows).to(self.device) for rows in self._rows(rollout)]
