@@ -17,12 +17,15 @@ def frequencies(cfg: DeepSeekV3Config, device: torch.device | str | None = None)
     """(R/2,) float32 radians a position. Under YaRN: kept above the fast bound, divided by ``factor`` below the slow
     one, and mixed linearly between the two pairs that the bounds name (10 and 23 of 32 at s = 40)."""
     dim, scaling = cfg.qk_rope_head_dim, cfg.rope_scaling
-    base = cfg.rope_theta ** -(torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
+    period = cfg.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
+    base = 1.0 / period
     if scaling is None:
         return base
     low, high = ramp_bounds(cfg)
     ramp = ((torch.arange(dim // 2, dtype=torch.float32, device=device) - low) / (high - low)).clamp(0, 1)
-    return base / scaling["factor"] * ramp + base * (1 - ramp)
+    # bit for bit as transformers: at position 131071 one unit in the last place is 0.008 radians
+    kept = 1 - ramp
+    return 1.0 / (scaling["factor"] * period) * (1 - kept) + base * kept
 
 
 def ramp_bounds(cfg: DeepSeekV3Config) -> tuple[float, float]:
