@@ -33,11 +33,12 @@ def tiny(**changes) -> DeepSeekV3Config:
 def model_of(cfg: DeepSeekV3Config, seed: int = 0, bias_size: float = 0.3, **kwargs) -> Transformer:
     """A model whose norms are not 1 and whose balance biases are not 0: either would hide a mistake."""
     model = Transformer(cfg, seed=seed, **kwargs)
-    generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
+        generator = torch.Generator().manual_seed(seed + 1)
         for name, parameter in model.named_parameters():
             if name.endswith("norm.weight"):
                 parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+        generator = torch.Generator().manual_seed(seed + 2)
         for router in model.balance_routers().values():
             bias = router.e_score_correction_bias
             bias.copy_(bias_size * torch.randn(bias.shape, generator=generator))
