@@ -60,10 +60,8 @@ def load_pretrained(folder: str | Path, precision: Any = None) -> Transformer:
                 source.check_copy(piece)
             else:
                 state[piece.param][piece.index].copy_(source.weight(piece))
-    origin = source.origin()
-    model.__dict__["origin"] = replace(
-        origin, scales=dict(origin.scales)
-    )  # nn.Module's own __setattr__ is for tensors and modules
+    # nn.Module's own __setattr__ is for tensors and modules.
+    model.__dict__["origin"] = replace(source.origin, scales=dict(source.origin.scales))
     return model
 
 
@@ -113,6 +111,9 @@ class ReleasedFolder:
         self.pieces = [p for p in released_layout(self.cfg) if not p.copy or p.name in names]
         for piece in self.pieces:
             self._check(piece)
+        dtypes = {p.name: names[p.name][1] for p in self.pieces}
+        scales = {p.name: p.scale_name for p in self.pieces if self._is_fp8(p)}
+        self.origin = Origin(self.raw, dtypes, StoredTensors(self.reader, scales))
         expected = {p.name for p in self.pieces} | {p.scale_name for p in self.pieces if self._is_fp8(p)}
         unexpected = [n for n in names if n not in expected and not n.endswith("rotary_emb.inv_freq")]
         if unexpected:
@@ -129,12 +130,6 @@ class ReleasedFolder:
         """As a number: FP8 becomes float32, code * scale."""
         stored = self.stored(piece)
         return dequantise_block(stored, self.reader.read(piece.scale_name)) if stored.dtype == FP8 else stored
-
-    def origin(self) -> Origin:
-        """Scales stay in the files and are read when asked for."""
-        dtypes = {p.name: self.reader.info[p.name][1] for p in self.pieces}
-        names = {p.name: p.scale_name for p in self.pieces if self._is_fp8(p)}
-        return Origin(self.raw, dtypes, StoredTensors(self.reader, names))
 
     def check_copy(self, piece: Piece) -> None:
         """MTP shares embedding and head; a folder that holds other ones beside them loses those, and is told so."""

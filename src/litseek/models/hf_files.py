@@ -124,10 +124,10 @@ class Entry:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
-def write_shards(folder: Path, entries: Iterable[Entry], shard_size: int) -> None:
+def write_shards(folder: Path, entries: Iterable[Entry], shard_size: int, index: bool = True) -> None:
     """Write ``entries`` as shards of at most ``shard_size`` bytes (one tensor at least), and the index.
 
-    Holds one piece of one tensor at a time. The folder must exist; what stays behind after an error is the caller's to remove.
+    Holds one piece of one tensor at a time. The folder must exist; what an error leaves in it is the caller's to remove.
     """
     shards: list[list[Entry]] = []
     filled = 0
@@ -143,8 +143,9 @@ def write_shards(folder: Path, entries: Iterable[Entry], shard_size: int) -> Non
         _write_shard(folder / file, shard)
         weight_map |= {entry.name: file for entry in shard}
     total = sum(entry.num_bytes for shard in shards for entry in shard)
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    write_json(folder / INDEX, index)
+    content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    if index:
+        write_json(folder / INDEX, content)
 
 
 def _write_shard(path: Path, shard: list[Entry]) -> None:

@@ -47,8 +47,7 @@ def save(
     the disk refuses; an earlier checkpoint of the same name stays as it was.
     """
     tensors, tree = flatten(state)
-    write(folder, tree, lambda partial: _save_tensors(partial, tensors), config, tokenizer)
-    _point(folder)
+    write(folder, tree, lambda partial: _save_tensors(partial, tensors), config, tokenizer, point=True)
 
 
 def write(
@@ -57,10 +56,11 @@ def write(
     save_tensors: Callable[[Path], None],
     config: Mapping[str, Any] | None = None,
     tokenizer: str | None = None,
+    point: bool = False,
 ) -> None:
     """`save` for a state that was flattened already; ``save_tensors`` puts its tensors, as safetensors, into a folder.
 
-    Nothing points to the checkpoint afterwards.
+    ``point``: whether the folder above shall name this checkpoint as its newest.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     for left in folder.parent.glob(".*.partial"):
@@ -81,6 +81,8 @@ def write(
         if folder.exists():
             remove(folder)
         partial.rename(folder)
+        if point:
+            _point(folder)
     except Exception as error:
         shutil.rmtree(partial, ignore_errors=True)
         cause = _os_error(error)
