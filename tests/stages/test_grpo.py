@@ -17,6 +17,7 @@ from litseek.precision import FP32
 from litseek.rl.evaluate import Accuracy
 from litseek.rl.rewards import REWARDS
 from litseek.stages.grpo import Grpo
+from tests.ranks import ranks
 
 OPTIONS = {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1}
 MODEL = DeepSeekV3Config(
@@ -63,7 +64,7 @@ def trainer(folder: Path, steps: int, **keys) -> pl.Trainer:
         max_steps=steps,
         max_epochs=-1,
         accelerator="cpu",
-        devices=1,
+        devices=keys.pop("devices", 1),
         strategy=LitseekStrategy(),
         logger=False,
         enable_checkpointing=False,
@@ -194,3 +195,23 @@ def test_sequence_level_runs_with_kl(tokenizer, tmp_path):
 def test_bad_settings_name_the_key(tokenizer, keys, message):
     with pytest.raises(ValueError, match=message):
         make(tokenizer, **keys)
+
+
+def run_on_ranks(tokenizer: str, folder: Path, devices: int) -> tuple[dict, dict]:
+    """Two steps of one rollout on so many ranks: its buffer and the weights."""
+    record = Record()
+    stage = make(tokenizer, updates_per_rollout=2, beta=0.1, micro_batch=4)
+    runner = trainer(folder, 2, callbacks=[record], devices=devices)
+    runner.fit(stage)
+    return record.rollouts[0], stage.model.state_dict()
+
+
+def test_two_ranks_share_a_rollout_and_agree_with_one(tokenizer, tmp_path):
+    rollout, weights = run_on_ranks(tokenizer, tmp_path / "one", 1)
+    for shared, same in ranks(2).run(run_on_ranks, tokenizer, tmp_path / "two", 2):
+        for key in ("tokens", "reward", "advantage"):
+            assert torch.equal(shared[key], rollout[key]), key
+        for key in ("old_logprobs", "ref_logprobs"):
+            torch.testing.assert_close(shared[key], rollout[key])
+        for name, value in weights.items():
+            torch.testing.assert_close(same[name], value, atol=1e-5, rtol=1e-4)
