@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from litseek.cli.__main__ import main
 from litseek.cli.convert import convert, open_source, parse_size, run
 from litseek.data import chat
 from litseek.data.tokenizer import train
@@ -252,3 +253,12 @@ def test_the_command_takes_its_configuration(tmp_path, capsys):
     values = dict(format="released", dtype="keep", shard_size="5GB", debug=False)
     run(OmegaConf.create(dict(source=str(source), target=str(tmp_path / "t"), **values)))
     assert "t: " in capsys.readouterr().out and (tmp_path / "t" / "config.json").is_file()
+
+
+def test_the_command_line_converts_and_says_what_is_wrong(tmp_path, capsys):
+    source = released(tmp_path / "source", "fp8")
+    assert main(["convert", f"source={source}", f"target={tmp_path / 't'}", "dtype=bf16", "shard_size=50KB"]) == 0
+    assert "parameters" in capsys.readouterr().out
+    assert main(["convert", f"source={source}", f"target={tmp_path / 't'}"]) == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "t exists already" in err
