@@ -104,14 +104,26 @@ def test_token_logprobs_are_log_softmax_at_a_temperature():
     assert torch.equal(logprobs[:2], torch.zeros(2))
 
 
-def test_reference_backward_overwrites_and_zeroes_ignored_rows():
-    logits = torch.randn(5, 11)
-    logits[0] = float("nan")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_reference_backward_overwrites_and_zeroes_ignored_rows(dtype):
+    logits = torch.randn(5, 11, generator=torch.Generator().manual_seed(0)).to(dtype)
     labels = torch.tensor([IGNORE, 3, 0, 10, 5])
     _, lse = cross_entropy(logits, labels)
     grad = cross_entropy_backward_(logits, labels, lse, torch.ones(5))
-    assert grad is logits and torch.equal(grad[0], torch.zeros(11))
-    torch.testing.assert_close(grad.sum(dim=1), torch.zeros(5), rtol=0, atol=1e-6)
+    assert grad is logits and torch.equal(grad[0], torch.zeros(11, dtype=dtype))
+    torch.testing.assert_close(
+        grad.float().sum(dim=1), torch.zeros(5), rtol=0, atol=1e-6 if dtype.itemsize > 2 else 1e-2
+    )
+
+
+def test_reference_backward_keeps_a_confident_gradient_in_bf16():
+    """softmax = 0.9999 rounds to 1 in bfloat16; the gradient at the label must not become 0."""
+    logits = torch.tensor([[9.2, 0.0]], dtype=torch.bfloat16)
+    label = torch.tensor([0])
+    _, lse = cross_entropy(logits, label)
+    want = torch.sigmoid(logits.float()[0, 0]) - 1
+    grad = cross_entropy_backward_(logits, label, lse, torch.ones(1))
+    assert float(grad[0, 0]) == pytest.approx(float(want), rel=1e-2)
 
 
 @pytest.mark.parametrize(
@@ -127,3 +139,15 @@ def test_bad_arguments_are_named(change, words):
     arguments = dict(labels_N=labels, reduction="sum", temperature=1.0) | change
     with pytest.raises(ValueError, match=words):
         linear_cross_entropy(hidden, weight, **arguments)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_compiled_on_a_gpu_equals_the_cpu(reduction):
+    hidden, weight, labels = head(rows=300, width=64, vocab=1001)
+    ours = linear_cross_entropy(hidden.cuda(), weight.cuda(), labels.cuda(), reduction, chunk_rows=128)
+    theirs = linear_cross_entropy(hidden, weight, labels, reduction)
+    torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-5, atol=1e-4)
+    got, want = torch.autograd.grad(ours.sum(), (hidden, weight)), torch.autograd.grad(theirs.sum(), (hidden, weight))
+    for a, b in zip(got, want):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)

@@ -77,7 +77,7 @@ def test_foreach_equals_the_reference_bit_for_bit(moments):
 def test_buckets_keep_order_and_size(monkeypatch):
     monkeypatch.setattr(module, "BUCKET", 30)
     sizes = [10, 10, 10, 1, 99, 5]
-    buckets = [[p.numel() for p in bucket] for _, bucket in module._buckets([torch.zeros(n) for n in sizes])]
+    buckets = [[p.numel() for p in bucket] for _, bucket in module.buckets([torch.zeros(n) for n in sizes])]
     assert buckets == [[10, 10, 10], [1], [99], [5]]
 
 

@@ -73,7 +73,7 @@ class AdamW(torch.optim.Optimizer):
 
     def _step_group(self, group: dict[str, Any], params: Sequence[Tensor]) -> None:
         setting = (group["lr"], *group["betas"], group["eps"], group["weight_decay"])
-        for device, bucket in _buckets(params):
+        for device, bucket in buckets(params):
             states = [self._state(param, group) for param in bucket]
             steps = [int(state["step"].add_(1)) for state in states]
             grads = [param.grad for param in bucket if param.grad is not None]
@@ -167,7 +167,7 @@ class AdamWConfig:
         return [group for group in groups if group["params"]]
 
 
-def _buckets(params: Sequence[Tensor]) -> Iterator[tuple[str, list[Tensor]]]:
+def buckets(params: Sequence[Tensor]) -> Iterator[tuple[str, list[Tensor]]]:
     """Runs of parameters on one device, of at most ``BUCKET`` elements unless a single one is larger."""
     bucket: list[Tensor] = []
     size = 0

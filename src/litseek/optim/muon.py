@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from litseek.optim.adamw import MOMENTS, AdamW, AdamWConfig
+from litseek.optim.adamw import MOMENTS, AdamW, AdamWConfig, buckets
 from litseek.optim.schedules import LRSchedule
 
 
@@ -31,7 +31,8 @@ class Muon(AdamW):
         by_shape: dict[tuple[int, int], list[Tensor]] = {}
         for param in params:
             by_shape.setdefault((param.shape[-2], param.shape[-1]), []).append(param)
-        for shape, alike in by_shape.items():  # one batched iteration a shape: small matrices alone waste the cores
+        # one batched iteration a shape, in buckets for memory's sake: small matrices alone waste the cores
+        for shape, alike in ((shape, bucket) for shape, all_ in by_shape.items() for _, bucket in buckets(all_)):
             update_MRC = orthogonal(torch.cat([self._direction(p, group) for p in alike]), self.newton_schulz_steps)
             scale = 0.2 * max(shape) ** 0.5
             for param, update in zip(alike, update_MRC.split([p.numel() // (shape[0] * shape[1]) for p in alike])):
