@@ -15,7 +15,7 @@ from litseek.cli.overrides import Request, parse
 
 @dataclass(frozen=True)
 class Command:
-    """One row of `litseek --help`. `module` offers `run(cfg)`; `positional` is the key of a bare first argument."""
+    """One row of `litseek --help`. `module` offers `run(cfg)`, perhaps `check(cfg)`; `positional` is the key of a bare first argument."""
 
     module: str
     line: str
@@ -70,11 +70,13 @@ def _run(name: str, argv: list[str]) -> int:
         for job in composed:
             print(job.yaml(), end="")
         return 0
-    run = importlib.import_module(command.module).run
+    module = importlib.import_module(command.module)
+    for job in composed if hasattr(module, "check") else ():
+        module.check(job.cfg)
     for number, job in enumerate(composed, 1):
         if len(composed) > 1:
             print(f"[{number}/{len(composed)}] {job.title}", flush=True)
-        run(job.cfg)
+        module.run(job.cfg)
     return 0
 
 

@@ -18,8 +18,8 @@ from litseek.cli.overrides import key_of
 
 _ABSENT = object()
 
-FILLED = {"stage": {"model", "precision", "optim", "data", "seed"}}
-"""Arguments that the command hands over itself, by the config key of the object that takes them."""
+FILLED = {"stage": {"model", "precision", "optim", "data", "seed"}, "logger": {"save_dir"}}
+"""Arguments that the command hands over itself, by the root key of the object that takes them."""
 
 
 def is_value(override: str, conf: Path) -> bool:
@@ -38,7 +38,7 @@ def allow(override: str, base: DictConfig) -> str:
         node = OmegaConf.select(base, ".".join(parts[:i]))
         if OmegaConf.is_dict(node) and "_target_" in node:
             try:
-                taken = inspect.signature(get_object(node._target_)).parameters
+                taken, _ = arguments(get_object(node._target_))
             except HydraException:
                 return override
             return f"+{override}" if parts[i] in taken else override
@@ -60,7 +60,7 @@ def explain(error: Exception, overrides: list[str], compose: Callable[[list[str]
             base = compose(chosen)
         except Usage as deeper:
             return deeper
-        known = set(_paths(base)) | groups
+        known = set(_paths(base)) | groups | set(_accepted(base))
         for override in overrides:
             key, value = key_of(override), override.partition("=")[2]
             if override not in chosen and not override.startswith("+") and key not in known:
@@ -69,11 +69,12 @@ def explain(error: Exception, overrides: list[str], compose: Callable[[list[str]
     return Usage(f"{text.rstrip('.')}.")
 
 
-def check_root(cfg: DictConfig, known: set[str], where: str) -> None:
-    """A misspelt key in an arm or a preset would otherwise be added silently and do nothing."""
+def check_root(cfg: DictConfig, known: set[str], sources: list[str]) -> None:
+    """A misspelt key in an arm, a preset or after a `+` would otherwise be added silently and do nothing."""
     for key in map(str, cfg):
         if key not in known:
-            raise Usage.nearest(f"{where} sets '{key}', which is not a key of the configuration", key, known)
+            given = next((s for s in sources if key_of(s).split(".")[0] == key), " or ".join(sources))
+            raise Usage.nearest(f"{given}: there is no key '{key}'", key, known)
 
 
 def check_missing(cfg: DictConfig, about: str) -> None:
@@ -100,21 +101,33 @@ def check_call(path: str, node: dict[str, Any]) -> None:
         raise Usage(f"{path}._target_={node['_target_']} cannot be imported: {_inner(error)}.") from error
     if node.get("_partial_"):
         return
-    parameters = inspect.signature(target).parameters
-    filled = FILLED.get(path, set())
+    parameters, open_ended = arguments(target)
+    filled = FILLED.get(path.partition(".")[0], set())
     given = {key for key in node if not key.startswith("_")}
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for key in sorted(given - set(parameters)):
         if not open_ended:
             what = f"{path}.{key}={node[key]!r}: {target.__name__} has no setting '{key}'"
-            raise Usage(f"{what}{suggest(key, set(parameters) - filled - {'self'})}")
-    needed = {
-        name
-        for name, p in parameters.items()
-        if p.default is p.empty and p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)
-    }
+            raise Usage(f"{what}{suggest(key, set(parameters) - filled)}")
+    needed = {name for name, p in parameters.items() if p.default is p.empty}
     if absent := sorted(needed - given - filled):
         raise Usage(f"{target.__name__} needs {' and '.join(f'{path}.{key}' for key in absent)}, which nothing sets.")
+
+
+def arguments(target: Any) -> tuple[dict[str, inspect.Parameter], bool]:
+    """Names that a callable takes, and whether it takes any other too. A class whose `**keys` go on to its base is closed."""
+    calls = [target]
+    if inspect.isclass(target):
+        calls = [c.__init__ for c in target.__mro__[:-1] if "__init__" in vars(c)] or [target]
+    taken: dict[str, inspect.Parameter] = {}
+    for call in calls:
+        parameters = inspect.signature(call).parameters
+        named = {
+            n: p for n, p in parameters.items() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD) and n != "self"
+        }
+        taken = named | taken
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            return taken, False
+    return taken, True
 
 
 def _inner(error: BaseException) -> str:
@@ -132,6 +145,15 @@ def _targets(node: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
     elif isinstance(node, list):
         for i, value in enumerate(node):
             yield from _targets(value, f"{path}[{i}]")
+
+
+def _accepted(cfg: DictConfig) -> Iterator[str]:
+    """Dotted names of arguments that objects take, whether or not a file mentions them."""
+    for path, node in _targets(OmegaConf.to_container(cfg)):
+        try:
+            yield from (f"{path}.{name}" for name in arguments(get_object(node["_target_"]))[0])
+        except HydraException:
+            continue
 
 
 def _paths(cfg: Any, prefix: str = "") -> Iterator[str]:

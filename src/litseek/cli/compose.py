@@ -75,19 +75,31 @@ def compose(command: str, overrides: tuple[str, ...], sweep: list[str] | None = 
     """One checked configuration. `sweep` names the keys that vary between the jobs of a sweep (None: no sweep)."""
     if not (conf_dir() / f"{command}.yaml").is_file():
         raise Usage(f"{conf_dir() / (command + '.yaml')} is missing: the installation is incomplete.")
+    stages: dict[str, DictConfig] = {}
     if command == "train":
         cfg, choices = _train(overrides)
+        stages[str(choices["stage"])] = cfg
     elif command == "pipeline":
-        cfg, choices = _pipeline(overrides)
+        cfg, choices, stages = _pipeline(overrides)
     else:
         with _hydra():
             cfg, choices = _compose(command, list(overrides))
     if command in STAGED:
-        _name_run(cfg, overrides, choices, sweep)
-    check_missing(cfg, f"stage={choices['stage']}" if command == "train" else f"litseek {command}")
+        _name_run(cfg, stages, _run_dir(cfg, overrides, choices, sweep))
+    for stage, job in stages.items():
+        _check(job, f"stage={stage}")
+    if command != "train":
+        _check(cfg, f"litseek {command}")
+    if command == "pipeline":
+        with open_dict(cfg):  # resolved, since their interpolations start at their own root
+            cfg.jobs = {stage: OmegaConf.to_container(job, resolve=True) for stage, job in stages.items()}
+    return Composed(cfg, overrides, choices, title=" ".join(o for o in overrides if key_of(o) in (sweep or ())))
+
+
+def _check(cfg: DictConfig, about: str) -> None:
+    check_missing(cfg, about)
     check_targets(cfg)
     OmegaConf.set_struct(cfg, True)
-    return Composed(cfg, overrides, choices, title=" ".join(o for o in overrides if key_of(o) in (sweep or ())))
 
 
 def _train(overrides: tuple[str, ...]) -> tuple[DictConfig, dict[str, Any]]:
@@ -101,20 +113,20 @@ def _train(overrides: tuple[str, ...]) -> tuple[DictConfig, dict[str, Any]]:
         if preset:
             plain.append(_preset_override(preset, plain))
         cfg, choices = _compose("train", plain)
-    check_root(cfg, known, where=f"experiment={arm}" if arm else f"preset={preset}")
+    check_root(cfg, known, [o for o in overrides if key_of(o) in ("experiment", "preset") or o.startswith("+")])
     with open_dict(cfg):
-        cfg.name, cfg.preset, cfg.experiment = cfg.name or choices["stage"], preset, arm
+        cfg.preset, cfg.experiment = preset, arm
     return cfg, choices
 
 
-def _pipeline(overrides: tuple[str, ...]) -> tuple[DictConfig, dict[str, Any]]:
-    """conf/pipeline.yaml with every stage's configuration under `jobs`, in order.
+def _pipeline(overrides: tuple[str, ...]) -> tuple[DictConfig, dict[str, Any], dict[str, DictConfig]]:
+    """conf/pipeline.yaml, and every stage's configuration in order.
 
     A setting of pipeline.yaml stays here, `<stage>.key=value` goes to that stage and anything else to all of them.
     """
     with _hydra():
         own = set(_compose("pipeline", [])[0])
-        mine = [o for o in overrides if key_of(o) in own]
+        mine = [o for o in overrides if key_of(o) in own - {"preset", "experiment"}]
         cfg, _ = _compose("pipeline", mine)
     allowed = [p.stem for p in sorted((conf_dir() / "stage").glob("*.yaml"))]
     for stage in [*cfg.stages, *([cfg.start] if cfg.start else [])]:
@@ -136,17 +148,17 @@ def _pipeline(overrides: tuple[str, ...]) -> tuple[DictConfig, dict[str, Any]]:
         parent = f"{PARENT}{stage}"
     with open_dict(cfg):
         cfg.preset, cfg.experiment = _take(overrides, "preset"), _take(overrides, "experiment")
-        cfg.jobs = jobs
-    return cfg, choices
+    return cfg, choices, jobs
 
 
-def _name_run(cfg: DictConfig, overrides: tuple[str, ...], choices: dict[str, Any], sweep: list[str] | None) -> None:
-    """Fill in `run_dir`, in a pipeline's stages too, whose parents are the stages before them in the same folder."""
-    cfg.run_dir = _run_dir(cfg, overrides, choices, sweep)
-    for job in cfg.get("jobs", {}).values():
-        job.run_dir = cfg.run_dir
-        if job.init_from and str(job.init_from).startswith(PARENT):
-            job.init_from = str(Path(cfg.run_dir) / str(job.init_from).removeprefix(PARENT))
+def _name_run(cfg: DictConfig, stages: dict[str, DictConfig], run_dir: str) -> None:
+    """Fill in `run_dir`; a pipeline's stages start from the ones before them in the same folder."""
+    cfg.run_dir = run_dir
+    for job in stages.values():
+        job.run_dir = run_dir
+        parent = OmegaConf.to_container(job)["init_from"]  # type: ignore[index, call-overload]  # may be ???
+        if isinstance(parent, str) and parent.startswith(PARENT):
+            job.init_from = str(Path(run_dir) / parent.removeprefix(PARENT))
 
 
 @contextmanager
@@ -202,7 +214,7 @@ def _preset_override(preset: str, others: list[str]) -> str:
         raise Usage.nearest(f"preset={preset} is not in conf/preset", preset, {p.stem for p in folder.iterdir()})
     stage = _compose("train", others)[1]["stage"]
     if not (folder / preset / f"{stage}.yaml").is_file():
-        have = sorted(p.stem for p in (folder / preset).glob("*.yaml"))
+        have = sorted(p.stem for p in (folder / preset).glob("*.yaml") if p.stem != "all")
         raise Usage(f"preset={preset} says nothing about stage={stage}; it has {', '.join(have)}.")
     return f"preset={preset}/{stage}"
 

@@ -11,11 +11,11 @@ import secrets
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from litseek.cli import compose
+from litseek.cli import compose, train
 from litseek.cli.folder import is_zero, say
-from litseek.cli.train import summary, train
+from litseek.cli.overrides import parse
 
 RERUN = ".rerun"
 """File in the run folder that names a request to run again which is not done yet."""
@@ -27,11 +27,17 @@ def run(cfg: DictConfig) -> None:
     asked = False
     for name, job in cfg.jobs.items():
         asked = asked or name == cfg.start
-        result = train(job, request if asked else None)
-        say(summary(Path(cfg.run_dir) / name, result))
+        result = train.train(job, request if asked else None)
+        say(train.summary(Path(cfg.run_dir) / name, result))
     if is_zero():
         (Path(cfg.run_dir) / RERUN).unlink(missing_ok=True)
         finish(cfg)
+
+
+def check(cfg: DictConfig) -> None:
+    """Every stage's values, so that a mistake in the last one stops before the first one trains."""
+    for job in cfg.jobs.values():
+        train.check(job)
 
 
 def rerun_request(run_dir: Path, start: str | None) -> str | None:
@@ -58,5 +64,5 @@ def finish(cfg: DictConfig) -> None:
 
 def call(command: str, **settings: Any) -> None:
     """Another command with its defaults and these settings."""
-    job = compose.compose(command, ())
-    importlib.import_module(f"litseek.cli.{command}").run(OmegaConf.merge(job.cfg, settings))
+    request = parse([f"{key}={value}" for key, value in settings.items()])
+    importlib.import_module(f"litseek.cli.{command}").run(compose.compose(command, request.overrides).cfg)

@@ -24,23 +24,13 @@ from litseek.errors import LitseekError
 RECEIPT, SESSION, CONFIG = "receipt.json", "session.json", "config.yaml"
 
 IMMATERIAL = {
-    "run_dir",
-    "init_from",
-    "experiment",
-    "preset",
-    "debug",
-    "logger",
-    "callbacks",
-    "cluster",
-    "trainer.default_root_dir",
-    "trainer.enable_progress_bar",
-    "trainer.enable_model_summary",
-    "trainer.enable_checkpointing",
-    "trainer.log_every_n_steps",
-    "trainer.profiler",
-    "trainer.num_sanity_val_steps",
+    *("run_dir", "init_from", "experiment", "preset", "debug", "logger", "callbacks", "cluster", "stage.cache_dir"),
+    *("stage.checkpoint_every", "stage.checkpoint_keep"),
+    *("strategy", "trainer.devices", "trainer.num_nodes", "trainer.accelerator"),  # a checkpoint fits every layout
+    *("trainer.default_root_dir", "trainer.enable_progress_bar", "trainer.enable_model_summary"),
+    *("trainer.log_every_n_steps", "trainer.profiler", "trainer.num_sanity_val_steps"),
 }
-"""Root and dotted keys that do not change a stage's result. The parent counts by its checkpoint's digest instead."""
+"""Dotted keys that do not change a stage's result. The parent counts by its checkpoint's digest, not by its path."""
 
 PACKAGES = ("torch", "lightning", "numpy", "tokenizers", "datasets", "wandb", "hydra-core", "omegaconf")
 
