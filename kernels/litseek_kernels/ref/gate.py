@@ -33,3 +33,9 @@ def gate_weights(score_TE: Tensor, expert_TK: Tensor, normalise: bool, scaling: 
     if normalise:
         weight_TK = weight_TK / (weight_TK.sum(-1, keepdim=True) + 1e-20)
     return weight_TK * scaling
+
+
+def count_experts(expert_TK: Tensor, num_experts: int) -> Tensor:
+    """count_E, int64: rows of each expert. Unlike bincount it has a fixed shape, so the host waits for nothing."""
+    flat = expert_TK.flatten()
+    return torch.zeros(num_experts, dtype=torch.int64, device=flat.device).scatter_add_(0, flat, torch.ones_like(flat))

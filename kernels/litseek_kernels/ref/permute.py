@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from litseek_kernels.ref.gate import count_experts
+
 
 def sort_by_expert(expert_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """order_R (row -> flat (token, choice) index), inverse_R, count_E. Stable: tokens keep their order in an expert."""
@@ -12,7 +14,7 @@ def sort_by_expert(expert_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor,
     order_R = flat_R.argsort(stable=True)
     inverse_R = torch.empty_like(order_R)
     inverse_R[order_R] = torch.arange(order_R.numel(), device=order_R.device)
-    return order_R, inverse_R, torch.bincount(flat_R, minlength=num_experts)
+    return order_R, inverse_R, count_experts(expert_TK, num_experts)
 
 
 def permute(x_TD: Tensor, order_R: Tensor, inverse_R: Tensor) -> Tensor:

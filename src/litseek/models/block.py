@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from litseek.data.batch import MicroBatch
@@ -57,6 +59,7 @@ class Block(nn.Module):
     def __init__(self, cfg: DeepSeekV3Config, layer: int, precision: Precision, recompute: bool, aux_weight: float):
         super().__init__()
         self.recompute = recompute
+        self.wrap: Callable[[Any], Any] = lambda function: function
         self.input_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
         self.self_attn = MLA(cfg, precision, recompute)
         self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
@@ -72,16 +75,20 @@ class Block(nn.Module):
         attention = (self.input_layernorm, self.self_attn, self.post_attention_layernorm)
         if isinstance(self.mlp, SwiGLU):
             return [
-                Phase(f"{prefix}.attend", self._attend, attention),
-                Phase(f"{prefix}.experts", self._dense, (self.mlp,)),
+                Phase(f"{prefix}.attend", self.wrap(self._attend), attention),
+                Phase(f"{prefix}.experts", self.wrap(self._dense), (self.mlp,)),
             ]
         shared = () if self.mlp.shared_experts is None else (self.mlp.shared_experts,)
         return [
-            Phase(f"{prefix}.attend", self._attend, (*attention, self.mlp.gate)),
+            Phase(f"{prefix}.attend", self.wrap(self._attend), (*attention, self.mlp.gate)),
             Phase(f"{prefix}.dispatch", self._dispatch, ()),
-            Phase(f"{prefix}.experts", self._experts, (self.mlp.experts, *shared)),
+            Phase(f"{prefix}.experts", self.wrap(self._experts), (self.mlp.experts, *shared)),
             Phase(f"{prefix}.combine", self._combine, ()),
         ]
+
+    def compile_phases(self) -> None:
+        """torch.compile for the phases that are more than a kernel and talk to nobody; inference stays as it is."""
+        self.wrap = partial(torch.compile, dynamic=False)
 
     def forward_cached(
         self, x_BSD: Tensor, positions_BS: Tensor, cache: LayerCache, length: int, absorbed: bool

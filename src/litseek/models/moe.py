@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from litseek_kernels.ref.gate import choose_experts, gate_weights
+from litseek_kernels.ref.gate import choose_experts, count_experts, gate_weights
 from torch import Tensor, nn
 
 from litseek.losses.balance import batch_balance, sequence_balance
@@ -50,7 +50,7 @@ class Router(nn.Module):
             cfg.experts_per_group_score,
         )
         weight_TK = gate_weights(score_TE, expert_TK, cfg.norm_topk_prob, cfg.routed_scaling_factor)
-        load_E = torch.bincount(expert_TK.flatten(), minlength=cfg.n_routed_experts)
+        load_E = count_experts(expert_TK, cfg.n_routed_experts)
         return Routing(expert_TK, weight_TK, load_E, self._balance_loss(score_BSE))
 
     def _balance_loss(self, score_BSE: Tensor) -> Tensor | None:

@@ -76,6 +76,13 @@ class Transformer(nn.Module):
                 loads[phase.name] = state.pop("load")
         return {**state, "aux": aux, "loads": loads}
 
+    def compile_phases(self) -> None:
+        """Compile the blocks' own work (torch.compile); layers of one kind share a graph."""
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        for module in self.modules():
+            if isinstance(module, Block):
+                module.compile_phases()
+
     def logits(self, tokens: Tensor) -> Tensor:
         """(B, S) int64 -> (B, S, V) float32 of the main head: a plain view for evaluation."""
         state: State = {}

@@ -58,6 +58,7 @@ class StageModule(pl.LightningModule):
         mtp_weight: Schedule = 0.3,
         balance_speed: Schedule = 0.001,
         recompute: bool = False,
+        compile: bool = False,
         checkpoint_every: int = 0,
         checkpoint_keep: int = 2,
         accuracy: Any = None,
@@ -68,6 +69,7 @@ class StageModule(pl.LightningModule):
         self.batch, self.micro_batch, self.seed = batch, micro_batch, seed
         self.name = name or type(self).name
         self.mtp_weight, self.balance_speed, self.recompute = mtp_weight, balance_speed, recompute
+        self.compiled = compile
         self.checkpoint_every, self.checkpoint_keep = checkpoint_every, checkpoint_keep
         self.accuracy = accuracy
         self.cache_dir = Path(cache_dir or os.environ.get("LITSEEK_CACHE", "~/.cache/litseek")).expanduser()
@@ -149,6 +151,8 @@ class StageModule(pl.LightningModule):
         if self.model is None:
             self.check_length()
             self.model = build(self.cfg, self.precision, self.recompute, self.seed)
+            if self.compiled:
+                self.model.compile_phases()
 
     def prepare_data(self) -> None:
         self.data.set_seed(self.seed)
