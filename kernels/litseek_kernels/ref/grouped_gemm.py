@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 
+@torch.compiler.disable
 def grouped_mm(rows_RD: Tensor, weight_EFD: Tensor, count_E: Tensor) -> Tensor:
     """(R, F): ``rows[i] @ weight[e].T`` for the expert e that owns row i; the first count_E[0] rows are expert 0's.
 
