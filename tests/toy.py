@@ -10,6 +10,7 @@ import torch
 
 from litseek.data.batch import IGNORE
 from litseek.models.config import DeepSeekV3Config
+from litseek.models.transformer import Transformer
 from litseek.optim import AdamWConfig
 from litseek.precision import FP32
 
@@ -27,6 +28,15 @@ def toy_config(**changes: Any) -> DeepSeekV3Config:
             **changes,
         }
     )
+
+
+def with_biases(model: Transformer, size: float = 0.3) -> Transformer:
+    """Balance biases other than zero: zero would hide a gate that weighs by biased scores."""
+    generator = torch.Generator().manual_seed(7)
+    for router in model.balance_routers().values():
+        bias = router.e_score_correction_bias
+        bias.copy_(torch.randn(bias.shape, generator=generator) * size)
+    return model
 
 
 class ToyTokenizer:
@@ -96,7 +106,9 @@ def toy_optim(**changes: Any) -> AdamWConfig:
     return AdamWConfig(**{"lr": 3e-3, "moments": "fp32", **changes})
 
 
-def toy_stage(cls: type, *, model: dict[str, Any] | None = None, data: Any = None, optim: Any = None, **keys: Any) -> Any:
+def toy_stage(
+    cls: type, *, model: dict[str, Any] | None = None, data: Any = None, optim: Any = None, **keys: Any
+) -> Any:
     """A stage over the toy source; ``model`` changes fields of the toy configuration."""
     return cls(
         toy_config(**(model or {})),

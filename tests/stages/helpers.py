@@ -35,7 +35,9 @@ def trainer(folder: Path, steps: int, *callbacks: Callback, strategy: Any = None
     )
 
 
-def fit(stage: Any, folder: Path, steps: int, *callbacks: Callback, resume: Path | None = None, **keys: Any) -> list[float]:
+def fit(
+    stage: Any, folder: Path, steps: int, *callbacks: Callback, resume: Path | None = None, **keys: Any
+) -> list[float]:
     """Train and return the losses of the steps that ran."""
     losses = Losses()
     trainer(folder, steps, losses, *callbacks, **keys).fit(stage, ckpt_path=None if resume is None else str(resume))

@@ -65,4 +65,6 @@ def test_too_long_rows_are_refused_naming_both_keys(parent):
     with pytest.raises(ValueError, match="needs YaRN"):
         load_weights(context(scaling=None), resolve_checkpoint(parent))
     with pytest.raises(ValueError, match=r"original_max_position_embeddings=8 is not the length 16"):
-        load_weights(context(scaling=YARN | {"factor": 8.0, "original_max_position_embeddings": 8}), resolve_checkpoint(parent))
+        load_weights(
+            context(scaling=YARN | {"factor": 8.0, "original_max_position_embeddings": 8}), resolve_checkpoint(parent)
+        )

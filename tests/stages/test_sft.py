@@ -41,7 +41,9 @@ class Found:
 def parents(tmp_path_factory):
     run = tmp_path_factory.mktemp("run")
     fit(toy_stage(Pretrain), run / "pretrain", 2)
-    context = toy_stage(Context, data=ToySource(2 * SEQ), model=dict(rope_scaling=YARN, max_position_embeddings=2 * SEQ))
+    context = toy_stage(
+        Context, data=ToySource(2 * SEQ), model=dict(rope_scaling=YARN, max_position_embeddings=2 * SEQ)
+    )
     load_weights(context, resolve_checkpoint(run / "pretrain"))
     fit(context, run / "context_32k", 1)
     return run

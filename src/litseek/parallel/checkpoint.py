@@ -89,7 +89,9 @@ def resolve_checkpoint(path: str | Path) -> CheckpointRef:
         return CheckpointRef(folder, True, config)
     begun = [name for name in STAGES if (folder / name).is_dir()]
     if begun:
-        raise LitseekError(f"{folder}: no stage of this run has finished; give {folder / begun[-1]} for its newest checkpoint.")
+        raise LitseekError(
+            f"{folder}: no stage of this run has finished; give {folder / begun[-1]} for its newest checkpoint."
+        )
     raise LitseekError(
         f"{folder}: neither a run, a stage, a checkpoint ({storage.MANIFEST}) nor released weights "
         f"({storage.CONFIG} and *.safetensors)."
@@ -126,7 +128,9 @@ def check_same_model(cfg: DeepSeekV3Config, ref: CheckpointRef) -> None:
     ours, theirs = cfg.to_dict(), ref.config.to_dict()
     for key in ours:
         if key not in FREE and ours[key] != theirs[key]:
-            raise LitseekError(f"model.{key}={ours[key]} does not fit the checkpoint {ref.path}, which has {theirs[key]}.")
+            raise LitseekError(
+                f"model.{key}={ours[key]} does not fit the checkpoint {ref.path}, which has {theirs[key]}."
+            )
     if cfg.num_nextn_predict_layers > ref.config.num_nextn_predict_layers:
         raise LitseekError(
             f"model.num_nextn_predict_layers={cfg.num_nextn_predict_layers}, but the checkpoint {ref.path} has only "

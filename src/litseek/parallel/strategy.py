@@ -205,9 +205,7 @@ class LitseekStrategy(ParallelStrategy):
         closure_loss = self.precision_plugin.pre_backward(closure_loss, self.lightning_module)
         return self.precision_plugin.post_backward(closure_loss, self.lightning_module)
 
-    def optimizer_step(
-        self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any
-    ) -> Any:
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
         """Run the closure, clip, then step unless the loss or the gradient is not finite."""
         module = model or self.lightning_module
         assert isinstance(module, LightningModule)
@@ -242,7 +240,9 @@ class LitseekStrategy(ParallelStrategy):
         names = {parameter: name for name, parameter in self._module.named_parameters()}
         return {
             "state": {names[p]: dict(state) for p, state in optimizer.state.items()},
-            "param_groups": [group | {"params": [names[p] for p in group["params"]]} for group in optimizer.param_groups],
+            "param_groups": [
+                group | {"params": [names[p] for p in group["params"]]} for group in optimizer.param_groups
+            ],
         }
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:

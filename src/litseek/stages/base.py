@@ -180,7 +180,9 @@ class StageModule(pl.LightningModule):
     def strategy(self) -> LitseekStrategy:
         strategy = self.trainer.strategy
         if not isinstance(strategy, LitseekStrategy):
-            raise ValueError(f"strategy={type(strategy).__name__} cannot run a stage; use strategy=single or strategy=dp.")
+            raise ValueError(
+                f"strategy={type(strategy).__name__} cannot run a stage; use strategy=single or strategy=dp."
+            )
         return strategy
 
     def batch_size(self, consumed: int) -> int:
@@ -335,7 +337,9 @@ class StageModule(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint["stage"]
         if saved["name"] != self.name:
-            raise LitseekError(f"The checkpoint is of stage {saved['name']}, not of {self.name}; start from it with init_from.")
+            raise LitseekError(
+                f"The checkpoint is of stage {saved['name']}, not of {self.name}; start from it with init_from."
+            )
         for key in ("step", "consumed", "tokens_seen", "results"):
             setattr(self, key, saved[key])
 
