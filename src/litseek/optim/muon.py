@@ -53,16 +53,21 @@ class Muon(AdamW):
 
 def orthogonal(x_MRC: Tensor, steps: int) -> Tensor:
     """Roughly the nearest semi-orthogonal matrix of each: singular values between 0.7 and 1.2 after five
-    Newton-Schulz steps with Jordan's quintic (3.4445, -4.7750, 2.0315). BF16 on a GPU, float32 on the CPU."""
-    dtype = x_MRC.dtype
+    Newton-Schulz steps with Jordan's quintic (3.4445, -4.7750, 2.0315). In BF16 where the hardware has it (four times
+    as fast on a CPU with AVX512-BF16), else in float32: the iteration corrects its own rounding."""
     flat = x_MRC.shape[1] > x_MRC.shape[2]
     x = x_MRC.mT if flat else x_MRC
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    x = x.bfloat16() if x.is_cuda else x
+    x = x.to(torch.bfloat16 if _multiplies_bf16(x) else x.dtype).contiguous()
     for _ in range(steps):
         gram = x @ x.mT
-        x = 3.4445 * x + torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315) @ x
-    return (x.mT if flat else x).to(dtype)
+        polynomial = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, polynomial, x, beta=3.4445)
+    return (x.mT if flat else x).to(x_MRC.dtype)
+
+
+def _multiplies_bf16(x: Tensor) -> bool:
+    return x.is_cuda or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 class MuonConfig(AdamWConfig):
