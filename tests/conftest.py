@@ -11,4 +11,3 @@ import torch  # the variables above are read when torch is loaded
 torch.set_num_threads(1)
 for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
     logging.getLogger(name).setLevel(logging.ERROR)
-logging.getLogger("c10d-NullHandler-dcp_logger").setLevel(logging.ERROR)  # two lines a tensor in every failure's report

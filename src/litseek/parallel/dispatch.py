@@ -48,6 +48,7 @@ class AllToAllDispatcher:
 
     def combine(self, rows_RD: Tensor, plan: Plan) -> Tensor:
         """(T, D): rows back to the ranks that sent them, and there the sum over a token's experts, weighted."""
+        assert plan.weight is not None, "the plan came without its weights"
         order_R, inverse_R, by_expert_R, sent, received = plan.detail
         back = torch.empty_like(by_expert_R)
         back[by_expert_R] = torch.arange(len(back), device=back.device)

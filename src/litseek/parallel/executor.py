@@ -25,7 +25,8 @@ HeadLoss = Callable[[State, MicroBatch], tuple[Tensor, dict[str, Tensor]]]
 class Phase(Protocol):
     """What the executor needs of a phase: a name and `state, micro -> state`."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def __call__(self, state: State, micro: MicroBatch) -> State: ...
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import random
 import shutil
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from litseek.errors import LitseekError
@@ -83,7 +85,7 @@ def write(
         partial.rename(folder)
         if point:
             _point(folder)
-    except Exception as error:
+    except (Exception, CheckpointException) as error:
         shutil.rmtree(partial, ignore_errors=True)
         cause = _os_error(error)
         if cause is None:
@@ -111,7 +113,7 @@ def load(folder: Path, prefix: str = "") -> dict[str, Any]:
         if tensors:
             with _alone():
                 dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
-    except Exception as error:
+    except (Exception, CheckpointException) as error:
         raise LitseekError(f"{folder}: not a readable checkpoint ({error}).") from error
     return unflatten(tensors, rest, prefix)
 
@@ -197,7 +199,9 @@ def _save_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """In files of about `SHARD` bytes: each is put together in memory before it is written."""
     if not tensors:
         return
-    own, shard, room, seen = {}, {}, 0, set()
+    own: dict[str, Tensor] = {}
+    shard: dict[str, int] = {}
+    room, seen = 0, set()
     for name, tensor in tensors.items():
         tensor = tensor.detach().contiguous()
         storage = tensor.untyped_storage()
@@ -216,10 +220,17 @@ def _save_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
 
 @contextmanager
 def _alone() -> Iterator[None]:
-    """Without the remark that this is a single process: replicated state is written by rank 0 alone."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
+    """Without the remark that this is a single process (replicated state is written by rank 0 alone), and without the
+    two log lines a tensor that nobody reads."""
+    logger = logging.getLogger("c10d-NullHandler-dcp_logger")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _write(path: Path, text: str) -> None:
@@ -249,7 +260,7 @@ def _point(folder: Path) -> None:
 
 
 def _os_error(error: BaseException | None) -> OSError | None:
-    """The disk's complaint behind an exception; torch.distributed.checkpoint wraps it."""
+    """The disk's complaint behind an exception; torch.distributed.checkpoint wraps it, in a BaseException."""
     seen = set()
     while error is not None and id(error) not in seen:
         if isinstance(error, OSError):

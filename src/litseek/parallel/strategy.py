@@ -81,7 +81,7 @@ class LitseekStrategy(ParallelStrategy):
         assert self.cluster_environment is not None and self.parallel_devices is not None
         self.cluster_environment.set_global_rank(self.node_rank * len(self.parallel_devices) + self.local_rank)
         self.cluster_environment.set_world_size(self.num_nodes * len(self.parallel_devices))
-        rank_zero_only.rank = fabric_rank_zero_only.rank = self.global_rank
+        rank_zero_only.rank = fabric_rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]
 
     def _configure_launcher(self) -> None:
         assert self.cluster_environment is not None and self.parallel_devices is not None
@@ -264,7 +264,8 @@ class LitseekStrategy(ParallelStrategy):
         failure: Exception | None = None
         if self.is_global_zero:
             try:
-                storage.save(Path(filepath), state, **self.lightning_module.checkpoint_files())
+                stage: Any = self.lightning_module
+                storage.save(Path(filepath), state, **stage.checkpoint_files())
             except Exception as error:  # told to every rank below, or the others would wait for ever
                 failure = error
         message = self.broadcast(None if failure is None else str(failure))
