@@ -30,10 +30,13 @@ def is_value(override: str, conf: Path) -> bool:
 
 def allow(override: str, base: DictConfig) -> str:
     """`override` with a `+` where its key is absent from the files and yet an argument of the object it belongs to."""
-    key = key_of(override)
+    key, _, value = override.partition("=")
     parts = key.split(".")
-    if override[0] in "+~" or OmegaConf.select(base, key, default=_ABSENT, throw_on_missing=False) is not _ABSENT:
+    if override[0] in "+~":
         return override
+    found = OmegaConf.select(base, key, default=_ABSENT, throw_on_missing=False)
+    if found is not _ABSENT:  # a mapping may get entries that the files do not have
+        return f"++{override}" if OmegaConf.is_dict(found) and value.startswith("{") else override
     for i in range(len(parts) - 1, 0, -1):
         node = OmegaConf.select(base, ".".join(parts[:i]))
         if OmegaConf.is_dict(node) and "_target_" in node:
@@ -117,7 +120,7 @@ def arguments(target: Any) -> tuple[dict[str, inspect.Parameter], bool]:
     """Names that a callable takes, and whether it takes any other too. A class whose `**keys` go on to its base is closed."""
     calls = [target]
     if inspect.isclass(target):
-        calls = [c.__init__ for c in target.__mro__[:-1] if "__init__" in vars(c)] or [target]
+        calls = [vars(c)["__init__"] for c in target.__mro__[:-1] if "__init__" in vars(c)] or [target]
     taken: dict[str, inspect.Parameter] = {}
     for call in calls:
         parameters = inspect.signature(call).parameters

@@ -57,7 +57,7 @@ def finish(cfg: DictConfig) -> None:
     """The report page, and what the trained model says to `prompt`."""
     if cfg.report:
         call("report", folder=str(cfg.run_dir))
-    if cfg.prompt is not None:
+    if cfg.sample:
         print(f"\n{cfg.prompt}")
         call("generate", checkpoint=str(cfg.run_dir), prompt=str(cfg.prompt))
 

@@ -20,7 +20,6 @@ from litseek.cli import receipt as receipts
 from litseek.cli.folder import Attempt, begin, finished, is_zero, say
 from litseek.parallel.checkpoint import CheckpointRef, load_weights, resolve_checkpoint
 
-
 SHOWN = (
     ("bits per byte", "val/bits_per_byte", "gzip", "val/gzip_bits_per_byte"),
     ("accuracy", "eval/accuracy", "before", "eval/accuracy_before"),
