@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 import litseek
+from litseek import __version__
 from litseek.errors import LitseekError
 
 RECEIPT, SESSION, CONFIG = "receipt.json", "session.json", "config.yaml"
@@ -143,7 +144,7 @@ def commit() -> str | None:
 
 
 def versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "litseek": importlib.metadata.version("litseek")}
+    found = {"python": platform.python_version(), "litseek": __version__}
     for package in PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)
