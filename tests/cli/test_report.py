@@ -38,7 +38,11 @@ def fake_stage(folder: Path, name: str, rng: random.Random, steps: int = 160) ->
         row: dict = {"step": step, "tokens": step * 4096}
         if name == "grpo":
             reward = 0.42 + 0.3 * (1 - math.exp(-step / 50)) + rng.gauss(0, 0.03)
-            row |= {"loss": rng.gauss(0, 0.01), "reward": reward, "eval/accuracy": reward if step % 40 == 0 else ""}
+            row |= {
+                "loss": rng.gauss(0, 0.01),
+                "rollout/reward": reward,
+                "eval/accuracy": reward if step % 40 == 0 else "",
+            }
         else:
             start, end = STAGES[name]
             row |= {"loss": end + (start - end) * 3 * math.exp(-step / 12) + rng.gauss(0, 0.03)}
@@ -52,13 +56,20 @@ def fake_stage(folder: Path, name: str, rng: random.Random, steps: int = 160) ->
         metrics = {"eval/accuracy": value, "eval/problems": 600}
         metrics |= {"eval/accuracy_before": 0.011} if name == "sft" else {}
         samples = [
-            {"step": 160, "prompt": "3 + 4 + 9 =", "completion": " 3 + 4 = 7; 7 + 9 = 16. <answer>16</answer>", "reward": 1.0},
-            {"step": 160, "prompt": "8 + 8 + 7 =", "completion": " 8 + 8 = 16; 16 + 7 = 22. <answer>22</answer>", "reward": 0.0},
+            {"step": 0, "prompt": "3 + 4 + 9 =", "completion": "def 3:\n    <b>path</b>", "correct": 0.0},
+            {"step": 160, "prompt": "3 + 4 + 9 =", "completion": "3 + 4 = 7; 7 + 9 = 16. #### 16", "correct": 1.0},
+            {"step": 160, "prompt": "8 + 8 + 7 =", "completion": "8 + 8 = 16; 16 + 7 = 22. #### 22", "correct": 0.0},
         ]  # fmt: skip
     else:
-        metrics = {"val/bits_per_byte": STAGES[name][1], "val/gzip_bits_per_byte": 2.113, "val/xz_bits_per_byte": 1.978}
-        text = "(self, <b>path</b>):\n    with open(path) as file:\n        return self.read(file)"
-        samples = [{"step": 160, "prompt": "def load", "text": text}]
+        metrics = {
+            "val/bits_per_byte": STAGES[name][1],
+            "val/gzip_bits_per_byte": 2.113,
+            "val/xz_bits_per_byte": 1.978,
+            "val/bytes": 400000,
+        }
+        samples = []
+        if name != "pretrain":
+            metrics |= {"val/bits_per_byte_before": 1.99, "val/bits_per_byte_untrained": 1.91}
     write_jsonl(folder / "samples.jsonl", samples)
     write_jsonl(folder / "routing.jsonl", [
         {"step": step, "layer": f"layers.{layer}.dispatch",
@@ -75,7 +86,7 @@ def fake_stage(folder: Path, name: str, rng: random.Random, steps: int = 160) ->
             "yarn untrained": [b + 0.02 + max(0, p - old) / old * 0.04 for b, p in zip(base, positions)],
             "yarn trained": [b - 0.03 for b in base],
         }
-        data = {"positions": positions, "arms": arms, "old_length": old, "unit": "nats per token"}
+        data = {"positions": positions, "arms": arms, "old_length": old, "unit": "nats a token"}
         (folder / "loss_by_position.json").write_text(json.dumps(data), encoding="utf-8")
     tokens, seconds = steps * 4096, {"pretrain": 150.0, "grpo": 85.0}.get(name, 55.0)
     (folder / "receipt.json").write_text(json.dumps(receipt(name, metrics, tokens, seconds)), encoding="utf-8")
@@ -104,6 +115,7 @@ def test_page_of_a_whole_run(tmp_path: Path):
 def test_frequencies_and_training_are_told_apart(tmp_path: Path):
     page = report_run(fake_run(tmp_path / "demo", ("context_32k",))).read_text(encoding="utf-8")
     assert "from the frequencies" in page and "from training" in page
+    assert "<td>1.990</td><td>1.910</td><td>1.800</td><td>-0.080</td><td>-0.110</td>" in page
     assert "Not in this run folder: Pre-training, Context 128K, SFT, GRPO." in page
 
 
@@ -123,7 +135,7 @@ def test_bad_folders_are_named(tmp_path: Path):
     folder = fake_run(tmp_path / "demo", ("pretrain",))
     with (folder / "pretrain" / "samples.jsonl").open("a", encoding="utf-8") as file:
         file.write("{broken\n")
-    with pytest.raises(LitseekError, match=r"samples\.jsonl, line 2: not JSON"):
+    with pytest.raises(LitseekError, match=r"samples\.jsonl, line 1: not JSON"):
         report_run(folder)
 
 
@@ -131,7 +143,7 @@ README = """# Balance
 
 Question: which one?
 
-<!-- results:begin metrics=val/bits_per_byte,load/max_over_mean curves=loss,load/max_over_mean -->
+<!-- results:begin metrics=val/bits_per_byte,routing/max_over_mean curves=loss,routing/max_over_mean -->
 old text
 <!-- results:end -->
 
@@ -149,7 +161,7 @@ def fake_experiment(root: Path, arms: dict[str, float], seeds: int = 3) -> tuple
             rng = random.Random(f"{arm}{seed}")
             stage = runs / "balance" / arm / f"seed={seed}" / "pretrain"
             stage.mkdir(parents=True)
-            rows = ["step,tokens,loss,load/max_over_mean"]
+            rows = ["step,tokens,loss,routing/max_over_mean"]
             for step in range(1, 101):
                 loss, load = (
                     2 + shift + 2 * math.exp(-step / 9) + rng.gauss(0, 0.02),
@@ -168,7 +180,7 @@ def test_experiment_gets_table_csv_and_plots(tmp_path: Path):
     assert {p.name for p in written} == {"results.csv", "metrics.png", "curves.png", "README.md"}
     text = (folder / "README.md").read_text(encoding="utf-8")
     assert "old text" not in text and text.startswith("# Balance") and text.endswith("Verdict: none yet.\n")
-    assert "| arm | seeds | val/bits_per_byte | load/max_over_mean |" in text
+    assert "| arm | seeds | val/bits_per_byte | routing/max_over_mean |" in text
     assert "| `aux_free` | 3 | " in text and " ± " in text
     assert "litseek train -m experiment=balance/aux_free,balance/none seed=0,1,2" in text
     assert "commit 3fa72aa0c0" in text and "CPU, 2 threads" in text and "torch 2.13.0+cpu" in text

@@ -23,7 +23,12 @@ BEGIN = re.compile(r"<!-- results:begin(?P<options>[^>]*?)-->")
 END = "<!-- results:end -->"
 MOST = 8
 """Columns a table shows when the README names none."""
-UNITS = {"loss": "nats per token", "val/bits_per_byte": "bits per byte"}
+UNITS = {
+    "loss": "nats a token",
+    "loss/main": "nats a token",
+    "routing/max_over_mean": "1 = an even share",
+    "val/bits_per_byte": "bits per byte",
+}
 
 
 @dataclass

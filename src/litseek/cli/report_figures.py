@@ -129,13 +129,13 @@ def loss_curves(runs: Sequence[StageRun], column: Sequence[str]) -> Figure:
                 room = 0.05 * (late.max() - late.min() or 1)
                 ax.set_ylim(late.min() - room, late.max() + room)
             if i % columns == 0:
-                ax.set_ylabel("loss, nats per token")
+                ax.set_ylabel("loss, nats a token")
         return figure
 
 
 def bits_per_byte(rows: Sequence[tuple[str, str, float, dict[str, float]]]) -> Figure:
     """One bar a stage and a mark a compressor. Rows: (stage name, label, bits per byte, compressor -> bits per byte)."""
-    marks = {"gzip -9": (INK, "-"), "xz -9": (INK, (0, (2, 1.2)))}
+    marks = {"gzip -9": (INK, "-"), "xz -9e": (INK, (0, (2, 1.2)))}
     one_text = all(others == rows[0][3] for *_, others in rows)  # the same held-out bytes in every stage
     with matplotlib.rc_context(STYLE):
         figure = Figure(

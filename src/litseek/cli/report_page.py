@@ -14,11 +14,11 @@ from markupsafe import Markup
 from litseek.cli import report_figures as figures
 from litseek.cli.report_runs import STAGES, StageRun
 
-LOSS = ("loss", "train/loss", "loss/main")
-REWARD = ("reward", "rl/reward", "reward/mean", "rollout/reward")
+LOSS = ("loss/main", "loss")
+REWARD = ("rollout/reward",)
 ACCURACY = "eval/accuracy"
 BITS = "val/bits_per_byte"
-COMPRESSORS = {"gzip -9": "val/gzip_bits_per_byte", "xz -9": "val/xz_bits_per_byte"}
+COMPRESSORS = {"gzip -9": "val/gzip_bits_per_byte", "xz -9e": "val/xz_bits_per_byte"}
 ARMS = ("old frequencies", "yarn untrained", "yarn trained")
 
 
@@ -76,9 +76,9 @@ def card(run: StageRun, index: int) -> dict[str, str]:
     """A stage in the lineage: its key number, and what to compare it with."""
     value, unit, note = "…", "unfinished", ""
     results = run.results
-    if ACCURACY in results:
+    if ACCURACY in results and (run.name not in STAGES[:3] or BITS not in results):
         value, unit = f"{100 * results[ACCURACY]:.1f} %", "of held-out problems"
-        if (before := before_accuracy(run)) is not None:
+        if (before := results.get(f"{ACCURACY}_before")) is not None:
             note = f"before: {100 * before:.1f} %"
     elif BITS in results:
         value, unit = f"{results[BITS]:.3f}", "bits per byte"
@@ -92,13 +92,6 @@ def card(run: StageRun, index: int) -> dict[str, str]:
             "colour": figures.colour(run.name, index)}  # fmt: skip
 
 
-def before_accuracy(run: StageRun) -> float | None:
-    for key in ("eval/accuracy_before", "eval/accuracy_parent", "eval/accuracy_base"):
-        if key in run.results:
-            return float(run.results[key])
-    return None
-
-
 def bits_section(runs: Sequence[StageRun]) -> Section | None:
     rows = []
     for run in runs:
@@ -107,8 +100,10 @@ def bits_section(runs: Sequence[StageRun]) -> Section | None:
             rows.append((run.name, run.label, float(run.results[BITS]), others))
     if not rows:
         return None
+    sizes = unique(run.results.get("val/bytes") for run in runs)
+    size = f" ({', '.join(quantity(n) for n in sizes)} bytes)" if sizes else ""
     text = (
-        "Held-out text, never trained on. The bars are the model's cross-entropy in bits per byte of text, the marks are "
+        f"Held-out text{size}, never trained on. The bars are the model's cross-entropy in bits per byte of text, the marks are "
         "what the compressors need for the same bytes. Each stage is measured at its own context length."
     )
     return Section("Bits per byte", text, [picture(figures.bits_per_byte(rows), "Bits per byte by stage")])
@@ -123,27 +118,26 @@ def loss_section(runs: Sequence[StageRun]) -> Section | None:
 
 
 def position_section(runs: Sequence[StageRun]) -> Section | None:
-    rows, table, unit = [], [], "nats per token"
+    rows, table, unit = [], [], "nats a token"
     for run in runs:
         if not run.by_position:
             continue
         positions, arms, old = position_curves(run.by_position)
-        if not arms:
-            continue
-        unit = run.by_position.get("unit", unit)
-        rows.append((run, positions, arms, old))
-        table.append(position_row(run, arms))
+        if arms:
+            unit = run.by_position.get("unit", unit)
+            rows.append((run, positions, arms, old))
+            table.append(position_row(run, arms))
     if not rows:
         return None
     text = (
         "The same held-out windows at the new length, read by three models: the parent with its old rotary frequencies, the "
         "parent with YaRN's frequencies before any training, and the stage's result. The first step is what the change "
-        "of frequencies gives, the second what training at the new length gives."
+        "of frequencies gives, the second what training at the new length gives; less than zero is better."
     )
-    header = ["stage", *ARMS, "from the frequencies", "from training"]
+    in_bits = all(f"{BITS}_untrained" in run.results for run, *_ in rows)
+    header = ["bits per byte" if in_bits else f"mean {unit}", *ARMS, "from the frequencies", "from training"]
     figure = picture(figures.by_position(rows, unit), "Loss by position before and after YaRN")
-    title = "Loss by position, before and after YaRN"
-    return Section(title, text + f" Means over all positions, {unit}.", [figure], (header, table))
+    return Section("Loss by position, before and after YaRN", text, [figure], (header, table))
 
 
 def position_curves(data: dict[str, Any]) -> tuple[np.ndarray, dict[str, np.ndarray], float | None]:
@@ -156,7 +150,12 @@ def position_curves(data: dict[str, Any]) -> tuple[np.ndarray, dict[str, np.ndar
 
 
 def position_row(run: StageRun, arms: dict[str, np.ndarray]) -> list[str]:
-    means = {name: float(np.nanmean(values)) for name, values in arms.items()}
+    """The three arms' bits per byte from the receipt, or where it has none the mean of their curves; then the two steps."""
+    keys = dict(zip(ARMS, (f"{BITS}_before", f"{BITS}_untrained", BITS), strict=True))
+    if keys[ARMS[1]] in run.results:
+        means = {arm: float(run.results[key]) for arm, key in keys.items() if key in run.results}
+    else:
+        means = {name: float(np.nanmean(values)) for name, values in arms.items()}
 
     def gain(before: str, after: str) -> str:
         return f"{means[after] - means[before]:+.3f}" if before in means and after in means else "–"
@@ -184,9 +183,9 @@ def skill_section(runs: Sequence[StageRun]) -> Section | None:
     for run in runs:
         if ACCURACY not in run.results:
             continue
-        before = before_accuracy(run)
+        before = run.results.get(f"{ACCURACY}_before")
         if before is not None and not rows:
-            rows.append(("before", f"before\n{run.label}", before, half_width(before, run)))
+            rows.append(("before", f"before\n{run.label}", float(before), half_width(float(before), run)))
         value = float(run.results[ACCURACY])
         rows.append((run.name, run.label, value, half_width(value, run)))
     pictures = [picture(figures.accuracy(rows), "Accuracy along the lineage")] if rows else []
@@ -208,20 +207,31 @@ def half_width(share: float, run: StageRun) -> float | None:
     return 1.96 * math.sqrt(max(share * (1 - share), 1e-9) / problems) if problems else None
 
 
-def sample_section(runs: Sequence[StageRun], most: int = 4) -> Section | None:
-    rows = []
+def sample_section(runs: Sequence[StageRun], most: int = 3) -> Section | None:
+    """Of each stage, what was written at its end; of the first stage that was judged before it, that too."""
+    rows: list[dict[str, str]] = []
     for run in runs:
-        last = max((sample.get("step", 0) for sample in run.samples), default=0)
-        for sample in [s for s in run.samples if s.get("step", 0) == last][:most]:
-            text = first(sample, "completion", "text", "sample", "output", "answer")
-            if text is None:
-                continue
-            verdict = first(sample, "reward", "correct")
-            rows.append({"stage": run.label, "prompt": str(sample.get("prompt", "")), "text": str(text),
-                         "verdict": "" if verdict is None else "right" if float(verdict) >= 0.99 else "wrong"})  # fmt: skip
+        steps = [int(sample.get("step", 0)) for sample in run.samples]
+        if not steps:
+            continue
+        first_step = min(steps)
+        if not rows and first_step < max(steps):
+            rows += [sample_row(f"before {run.label}", s) for s in run.samples if s.get("step", 0) == first_step][:2]
+        last = [s for s, step in zip(run.samples, steps, strict=True) if step == max(steps)]
+        unlike = list(
+            {str(s.get("prompt")): s for s in last}.values()
+        )  # judged twice at its end, a problem counts once
+        rows += [sample_row(run.label, sample) for sample in unlike[:most]]
     if not rows:
         return None
-    return Section("Samples", "What each stage writes at its end. The prompt is grey.", samples=rows)
+    return Section("Samples", "What each stage answers, sampled at temperature 1; the prompt is grey.", samples=rows)
+
+
+def sample_row(stage: str, sample: dict[str, Any]) -> dict[str, str]:
+    verdict = first(sample, "correct", "reward")
+    word = "" if verdict is None else "right" if float(verdict) >= 0.99 else "wrong"
+    text = first(sample, "completion", "text") or ""
+    return {"stage": stage, "prompt": str(sample.get("prompt", "")), "text": f" {text}", "verdict": word}
 
 
 def receipt_section(runs: Sequence[StageRun]) -> Section | None:
