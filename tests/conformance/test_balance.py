@@ -143,7 +143,7 @@ def test_sec_2_1_2_sequence_loss_is_per_sequence_and_alpha_scales_it():
     scores[0, :, :2], scores[1, :, 2:] = 0.9, 0.9
     assert float(sequence_balance(scores, 2)) == pytest.approx(2 * 0.9 / 0.95, rel=1e-5)
     assert float(batch_balance(scores, 2)) == pytest.approx(1.0, rel=1e-5)
-    aux = {a: model(aux_loss_alpha=a)(micros(1)[0])["aux"] for a in (1e-4, 1e-2)}
+    aux = {a: model(aux_loss_alpha=a)(micros(1)[0])["aux"].detach() for a in (1e-4, 1e-2)}
     assert float(aux[1e-2]) == pytest.approx(100 * float(aux[1e-4]), rel=1e-5)
 
 
