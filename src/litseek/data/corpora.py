@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import os
 import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -41,6 +42,10 @@ class Corpus(Protocol):
     def documents(self) -> Iterator[Document]: ...
 
 
+SKIPPED = {"site-packages", "dist-packages", "__pycache__"}
+TESTS = {"test", "tests", "idle_test"}
+
+
 class StandardLibrary:
     """The running Python's own sources and its language reference (``pydoc_data/topics.py``). Needs no download.
 
@@ -56,17 +61,17 @@ class StandardLibrary:
             raise LitseekError(f"The standard library's folder {self.root} does not exist.")
 
     def paths(self) -> list[Path]:
+        skipped = SKIPPED if self.tests else SKIPPED | TESTS
         found = []
-        for path in sorted(self.root.rglob("*.py")):
-            parts = path.relative_to(self.root).parts
-            if "site-packages" in parts or "dist-packages" in parts:
-                continue
-            if not self.tests and any(p in ("test", "tests", "idle_test") for p in parts):
-                continue
-            if self.packages and parts[0].removesuffix(".py") not in self.packages:
-                continue
-            found.append(path)
-        return found
+        for folder, below, names in os.walk(self.root):
+            top = Path(folder) == self.root
+            below[:] = sorted(b for b in below if b not in skipped and not (top and self._left_out(b)))
+            sources = (n for n in names if n.endswith(".py") and not (top and self._left_out(n)))
+            found += [Path(folder, n) for n in sources]
+        return sorted(found)
+
+    def _left_out(self, name: str) -> bool:
+        return self.packages is not None and name.removesuffix(".py") not in self.packages
 
     def identity(self) -> dict[str, Any]:
         digest = hashlib.sha256()
