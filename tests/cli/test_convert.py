@@ -262,3 +262,14 @@ def test_the_command_line_converts_and_says_what_is_wrong(tmp_path, capsys):
     assert main(["convert", f"source={source}", f"target={tmp_path / 't'}"]) == 1
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "t exists already" in err
+
+
+def test_what_transformers_dropped_is_said_in_one_line(tmp_path, capsys):
+    model = tiny(num_nextn_predict_layers=0)
+    save_pretrained(model, tmp_path / "theirs")
+    path = tmp_path / "theirs" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_nextn_predict_layers": 1}))
+    assert main(["convert", f"source={tmp_path / 'theirs'}", f"target={tmp_path / 't'}"]) == 0
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and err.startswith("litseek: ") and "loaded without MTP" in err
+    assert json.loads((tmp_path / "t" / "config.json").read_text())["num_nextn_predict_layers"] == 0

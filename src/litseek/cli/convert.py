@@ -16,6 +16,7 @@ from litseek_kernels.ref.quantise import dequantise_block
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+from litseek.cli.errors import plain_warnings
 from litseek.data.tokenizer import ASSISTANT, BOS, EOS, USER, Tokenizer
 from litseek.data.tokenizer import load as load_tokenizer
 from litseek.errors import LitseekError
@@ -56,7 +57,8 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**
 def run(cfg: DictConfig) -> None:
     options: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     keys = ("source", "target", "format", "dtype", "shard_size")
-    print(convert(**{key: options[key] for key in keys}))
+    with plain_warnings():
+        print(convert(**{key: options[key] for key in keys}))
 
 
 def convert(

@@ -6,7 +6,10 @@ import difflib
 import errno
 import os
 import re
-from collections.abc import Iterable, Sequence
+import sys
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 from litseek.errors import LitseekError
 
@@ -51,6 +54,15 @@ def describe(error: BaseException) -> str:
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("litseek"):
         return f"the Python package '{error.name}' is not installed; pip install 'litseek[dev]' brings all of them."
     return f"unexpected {type(error).__name__}: {text or 'no message'} (debug=true shows where)."
+
+
+@contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Warnings as one line on stderr, without the source line that raised them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = lambda message, *_, **__: print(f"litseek: {message}", file=sys.stderr)
+        yield
 
 
 def _root(error: BaseException) -> BaseException:

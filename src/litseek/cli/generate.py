@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from litseek.cli.errors import plain_warnings
 from litseek.data import chat as chat_template
 from litseek.data.tokenizer import BOS, EOS, USER, Tokenizer
 from litseek.data.tokenizer import load as load_tokenizer
@@ -35,7 +36,8 @@ def run(cfg: DictConfig) -> None:
     sampling = {key: options[key] for key in ("max_tokens", "temperature", "top_p", "seed")}
     Sampling(**sampling)  # refuses impossible values before a model is loaded
     prompts = None if options["input_file"] is None else read_prompts(Path(options["input_file"]).expanduser())
-    speaker = Speaker.load(resolve_checkpoint(options["checkpoint"]), options)
+    with plain_warnings():
+        speaker = Speaker.load(resolve_checkpoint(options["checkpoint"]), options)
     speaker.sampling = Sampling(**sampling, stop=speaker.stop_ids())
     if prompts is not None:
         output = options["output_file"]

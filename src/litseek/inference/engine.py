@@ -66,7 +66,11 @@ class Generation:
 
 
 class Engine:
-    """Generates with one model on its device. ``absorbed`` picks the decode form of MLA; the tokens are the same."""
+    """Generates with one model on its device.
+
+    ``absorbed`` picks the form of MLA that decodes; the tokens are the same. Prefill always up-projects: for many new
+    positions at once the products with 128 wide heads cost less than those with the 512 wide latent.
+    """
 
     def __init__(self, model: Transformer, absorbed: bool = True) -> None:
         self.model, self.absorbed = model, absorbed
@@ -156,7 +160,7 @@ class Engine:
             end = min(start + chunk, longest)
             cache.length = end
             position_BS = torch.arange(start, end, device=length_B.device).expand(len(prompts), -1)
-            hidden = self.model.forward_cached(tokens_BS[:, start:end], position_BS, cache, self.absorbed)
+            hidden = self.model.forward_cached(tokens_BS[:, start:end], position_BS, cache, absorbed=False)
             here = (length_B - 1 - start).clamp(0, end - start - 1)
             state_BD = hidden[torch.arange(len(prompts), device=here.device), here]
             inside = ((length_B > start) & (length_B <= end))[:, None]
