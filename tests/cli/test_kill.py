@@ -12,7 +12,7 @@ import torch
 
 from litseek.parallel import storage
 
-from .forked import Runner
+from tests.cli.forked import Runner
 
 PIPELINE = [
     *("pipeline", "preset=smoke", "stages=[pretrain,grpo]", "report=false", "sample=false", "trainer.max_steps=9"),

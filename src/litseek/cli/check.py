@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +43,8 @@ def allow(override: str, base: DictConfig) -> str:
         node = OmegaConf.select(base, ".".join(parts[:i]))
         if OmegaConf.is_dict(node) and "_target_" in node:
             try:
-                taken, _ = arguments(get_object(node._target_))
-            except HydraException:
+                taken, _ = arguments(_object(node._target_))
+            except (HydraException, ImportError, AttributeError):
                 return override
             return f"+{override}" if parts[i] in taken else override
     return override
@@ -72,7 +74,7 @@ def explain(error: Exception, overrides: list[str], compose: Callable[[list[str]
     return Usage(f"{text.rstrip('.')}.")
 
 
-def check_root(cfg: DictConfig, known: set[str], sources: list[str]) -> None:
+def check_root(cfg: DictConfig, known: Set[str], sources: list[str]) -> None:
     """A misspelt key in an arm, a preset or after a `+` would otherwise be added silently and do nothing."""
     for key in map(str, cfg):
         if key not in known:
@@ -99,8 +101,8 @@ def check_targets(cfg: DictConfig) -> None:
 def check_call(path: str, node: dict[str, Any]) -> None:
     """`node`'s keys against the signature of its `_target_`."""
     try:
-        target = get_object(node["_target_"])
-    except HydraException as error:
+        target = _object(node["_target_"])
+    except (HydraException, ImportError, AttributeError) as error:
         raise Usage(f"{path}._target_={node['_target_']} cannot be imported: {_inner(error)}.") from error
     if node.get("_partial_"):
         return
@@ -116,6 +118,7 @@ def check_call(path: str, node: dict[str, Any]) -> None:
         raise Usage(f"{target.__name__} needs {' and '.join(f'{path}.{key}' for key in absent)}, which nothing sets.")
 
 
+@functools.cache
 def arguments(target: Any) -> tuple[dict[str, inspect.Parameter], bool]:
     """Names that a callable takes, and whether it takes any other too. A class whose `**keys` go on to its base is closed."""
     calls = [target]
@@ -131,6 +134,16 @@ def arguments(target: Any) -> tuple[dict[str, inspect.Parameter], bool]:
         if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
             return taken, False
     return taken, True
+
+
+def _object(name: str) -> Any:
+    """What `_target_` names. Hydra logs what it also raises."""
+    logger = logging.getLogger("hydra.utils")
+    logger.disabled = True
+    try:
+        return get_object(name)
+    finally:
+        logger.disabled = False
 
 
 def _inner(error: BaseException) -> str:
@@ -154,8 +167,8 @@ def _accepted(cfg: DictConfig) -> Iterator[str]:
     """Dotted names of arguments that objects take, whether or not a file mentions them."""
     for path, node in _targets(OmegaConf.to_container(cfg)):
         try:
-            yield from (f"{path}.{name}" for name in arguments(get_object(node["_target_"]))[0])
-        except HydraException:
+            yield from (f"{path}.{name}" for name in arguments(_object(node["_target_"]))[0])
+        except (HydraException, ImportError, AttributeError):
             continue
 
 

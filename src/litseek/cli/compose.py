@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -67,7 +68,8 @@ def jobs(command: str, request: Request) -> list[Composed]:
         job = compose(command, overrides, sweep=swept if request.multirun else None)
         composed.append(job)
     folders = [str(job.cfg.run_dir) for job in composed if command in STAGED]
-    assert len(folders) == len(set(folders)), "two jobs of one sweep share a run folder"
+    if twice := [folder for i, folder in enumerate(folders) if folder in folders[:i]]:
+        raise Usage(f"two jobs of this sweep share the run folder {twice[0]}: a value is named twice.")
     return composed
 
 
@@ -107,7 +109,7 @@ def _train(overrides: tuple[str, ...]) -> tuple[DictConfig, dict[str, Any]]:
     preset, arm = _take(overrides, "preset"), _take(overrides, "experiment")
     plain = [o for o in overrides if key_of(o) not in ("preset", "experiment")]
     with _hydra():
-        known = set(_compose("train", [])[0])
+        known = _root_keys("train")
         if arm:
             plain.append(_arm_override(arm))
         if preset:
@@ -125,7 +127,7 @@ def _pipeline(overrides: tuple[str, ...]) -> tuple[DictConfig, dict[str, Any], d
     A setting of pipeline.yaml stays here, `<stage>.key=value` goes to that stage and anything else to all of them.
     """
     with _hydra():
-        own = set(_compose("pipeline", [])[0])
+        own = _root_keys("pipeline")
         mine = [o for o in overrides if key_of(o) in own - {"preset", "experiment"}]
         cfg, _ = _compose("pipeline", mine)
     allowed = [p.stem for p in sorted((conf_dir() / "stage").glob("*.yaml"))]
@@ -172,16 +174,24 @@ def _compose(command: str, overrides: list[str]) -> tuple[DictConfig, dict[str, 
     """Hydra's composition. A key that its object takes but no file mentions (`model.seq_aux`) needs no `+`."""
     search = ["hydra.searchpath=[" + ",".join(_quote(f"file://{root}") for root in experiments_roots()) + "]"]
     try:
-        if any(is_value(o, conf_dir()) for o in overrides):
-            base = hydra_compose(command, [o for o in overrides if not is_value(o, conf_dir())] + search)
-            overrides = [allow(o, base) if is_value(o, conf_dir()) else o for o in overrides]
-        cfg = hydra_compose(command, [*overrides, *search], return_hydra_config=True)
+        try:
+            cfg = hydra_compose(command, [*overrides, *search], return_hydra_config=True)
+        except (HydraException, OmegaConfBaseException):
+            values = [o for o in overrides if is_value(o, conf_dir())]
+            base = hydra_compose(command, [*(o for o in overrides if o not in values), *search])
+            allowed = [allow(o, base) if o in values else o for o in overrides]
+            cfg = hydra_compose(command, [*allowed, *search], return_hydra_config=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise explain(error, overrides, lambda some: _compose(command, some)[0], conf_dir()) from error
     choices = {k: v for k, v in cfg.hydra.runtime.choices.items() if not k.startswith("hydra/")}
     with open_dict(cfg):
         del cfg["hydra"]
     return cfg, choices
+
+
+@functools.cache
+def _root_keys(command: str) -> frozenset[str]:
+    return frozenset(map(str, _compose(command, [])[0]))
 
 
 def _quote(text: str) -> str:
@@ -227,11 +237,12 @@ def _run_dir(cfg: DictConfig, overrides: tuple[str, ...], choices: dict[str, Any
     given = any(key_of(o) == "run_dir" for o in overrides)
     if given and sweep is None:
         return str(cfg.run_dir)
-    base = Path(cfg.run_dir) if given else Path("runs")
+    base, named = (Path(cfg.run_dir) if given else Path("runs")), {"experiment", "seed"}
     if not cfg.experiment and not given:
         base = base / str(cfg.preset or choices.get("model", "default"))
+        named.add("preset" if cfg.preset else "model")
     parts = [cfg.experiment] if cfg.experiment else []
-    varied = [o for o in overrides if key_of(o) in (sweep or []) and key_of(o) not in ("experiment", "seed")]
+    varied = [o for o in overrides if key_of(o) in (sweep or []) and key_of(o) not in named]
     if varied:
         parts.append(",".join(o.lstrip("+").replace("/", ":") for o in varied))
     if cfg.experiment or "seed" in (sweep or []):
