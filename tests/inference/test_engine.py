@@ -9,6 +9,7 @@ from litseek.errors import LitseekError
 from litseek.inference.engine import PAD, Engine, Sampling, choose
 from litseek.models.config import DeepSeekV3Config
 from litseek.models.transformer import build
+from litseek.precision import BF16, FP32
 
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "mscale": 1.0, "mscale_all_dim": 1.0}
 
@@ -161,3 +162,18 @@ def test_the_largest_random_number_never_draws_an_impossible_token():
 def test_no_prompts_give_an_empty_generation():
     out = Engine(tiny()).generate([], Sampling(max_tokens=4))
     assert out.tokens.shape == (0, 4) and out.lists() == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", [FP32(), BF16()])
+def test_on_a_gpu(precision):
+    """Float32 gives the CPU's greedy tokens; BF16 runs, samples and stops."""
+    batch, wanted = prompts(6), Engine(tiny()).generate(prompts(6), Sampling(max_tokens=12, temperature=0))
+    with torch.device("cuda"):
+        model = build(tiny().cfg, precision)
+    model.load_state_dict(tiny().state_dict())
+    out = Engine(model).generate(batch, Sampling(max_tokens=12, temperature=0))
+    if precision.name == "fp32":
+        assert out.lists() == wanted.lists()
+    sampled = Engine(model).generate(batch, Sampling(max_tokens=12, stop=tuple(range(24)), top_p=0.9))
+    assert out.tokens.is_cuda and sampled.stopped.any() and sampled.logprobs.isfinite().all()
