@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from litseek_kernels.ref.gate import choose_experts, gate_weights
+from litseek_kernels.ref.gate import choose_experts, count_experts, gate_weights
 
 CASES = {
     "V3-like": (16, 4, 4, 2, 2),
@@ -64,3 +64,10 @@ def test_gradcheck_of_the_weights():
     score = torch.rand(3, 5, dtype=torch.float64, requires_grad=True)
     chosen = torch.tensor([[0, 1], [4, 2], [3, 0]])
     assert torch.autograd.gradcheck(lambda s: gate_weights(s, chosen, True, 2.5), score)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 57])
+def test_counts_equal_python(tokens):
+    expert_TK = torch.randint(0, 5, (tokens, 3), generator=torch.Generator().manual_seed(tokens))
+    count = count_experts(expert_TK, 7)
+    assert count.dtype == torch.int64 and count.tolist() == [int((expert_TK == e).sum()) for e in range(7)]
