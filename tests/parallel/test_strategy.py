@@ -12,7 +12,7 @@ from litseek.parallel import storage
 from litseek.parallel.strategy import LitseekStrategy
 from litseek.stages.pretrain import Pretrain
 from tests.ranks import ranks
-from tests.stages.helpers import Losses, fit, trainer
+from tests.stages.fitting import Losses, fit, trainer
 from tests.toy import ToySource, toy_optim, toy_stage
 
 

@@ -7,7 +7,7 @@ import pytest
 from litseek.parallel.checkpoint import load_weights, resolve_checkpoint
 from litseek.stages.context import Context
 from litseek.stages.pretrain import Pretrain
-from tests.stages.helpers import fit
+from tests.stages.fitting import fit
 from tests.toy import SEQ, ToySource, toy_stage
 
 YARN = {"factor": 4.0, "original_max_position_embeddings": SEQ}

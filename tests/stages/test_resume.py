@@ -11,7 +11,7 @@ from litseek.errors import LitseekError
 from litseek.optim import BatchRamp
 from litseek.parallel import storage
 from litseek.stages.pretrain import Pretrain
-from tests.stages.helpers import fit
+from tests.stages.fitting import fit
 from tests.toy import ToySource, toy_optim, toy_stage
 
 
