@@ -12,7 +12,7 @@ from litseek.callbacks import MetricsCSV, SpikeGuard, WeightAverage
 from litseek.callbacks.metrics_csv import read
 from litseek.errors import LitseekError
 from litseek.stages.pretrain import Pretrain
-from tests.stages.helpers import fit
+from tests.stages.fitting import fit
 from tests.toy import toy_stage
 
 
