@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from litseek.parallel import storage
-
 from tests.cli.forked import Runner
 
 PIPELINE = [

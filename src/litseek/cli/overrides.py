@@ -113,7 +113,9 @@ def _quoted(match: re.Match[str]) -> str:
 
 
 def literal(text: str) -> str:
-    """`text` such that OmegaConf gives it back unchanged: `${` would otherwise be looked up."""
+    """`text` such that OmegaConf gives it back unchanged: `${` would be looked up, `???` taken for a missing value."""
+    if text == "???":
+        return """${oc.decode:"'???'"}"""
     if "${" not in text:
         return text
     return re.sub(r"(\\*)\$\{", lambda m: m[1] * 2 + r"\${", text)

@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from litseek.cli import compose, train
 from litseek.cli.folder import is_zero, say
 from litseek.cli.overrides import parse
+from litseek.parallel.checkpoint import CheckpointRef, check_same_model
 
 RERUN = ".rerun"
 """File in the run folder that names a request to run again which is not done yet."""
@@ -35,9 +36,20 @@ def run(cfg: DictConfig) -> None:
 
 
 def check(cfg: DictConfig) -> None:
-    """Every stage's values, so that a mistake in the last one stops before the first one trains."""
-    for job in cfg.jobs.values():
-        train.check(job)
+    """Every stage's values, alone and against its parent's, so that the last one's mistake stops before the first trains."""
+    parent = None
+    for name, job in cfg.jobs.items():
+        stage = train.construct(job)["stage"]
+        if parent is not None:
+            check_same_model(stage.cfg, CheckpointRef(Path(str(job.init_from)), released=False, config=parent.cfg))
+            if not stage.owns_rope:
+                rope = {key: getattr(parent.cfg, key) for key in ("rope_scaling", "max_position_embeddings")}
+                stage.cfg = stage.cfg.replace(**rope)
+                try:
+                    stage.check_length()
+                except ValueError as error:
+                    raise ValueError(f"stage={name}: {error}") from error
+        parent = stage
 
 
 def rerun_request(run_dir: Path, start: str | None) -> str | None:

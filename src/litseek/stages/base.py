@@ -112,6 +112,9 @@ class StageModule(pl.LightningModule):
         sizes = [self.batch] if isinstance(self.batch, int) else [self.batch.start, self.batch.end]
         if self.micro_batch < 1 or min(sizes) < 1:
             raise ValueError(f"stage.batch={min(sizes)} and stage.micro_batch={self.micro_batch} must be at least 1.")
+        for size in sizes:  # with the ranks, which are not known yet, `setup` looks again
+            if size % self.micro_batch:
+                raise ValueError(f"stage.batch={size} is not a multiple of stage.micro_batch={self.micro_batch}.")
         if self.owns_rope:
             self.check_length()
 
