@@ -14,7 +14,7 @@ from tests.stages.fitting import fit
 from tests.toy import SEQ, ToySource, toy_stage
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-TOLERANCE = 2e-3
+TOLERANCE = 1e-4
 STEPS = 20
 
 
