@@ -182,7 +182,7 @@ def test_sequence_level_runs_with_kl(tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"batch": 10}, "stage.batch=10 is not a multiple of stage.group=4"),
+        ({"batch": 10, "micro_batch": 5}, "stage.batch=10 is not a multiple of stage.group=4"),
         ({"group": 1}, "stage.group=1 must be at least 2"),
         ({"updates_per_rollout": 0}, "updates_per_rollout=0"),
         ({"temperature": 0.0}, "temperature=0.0"),
