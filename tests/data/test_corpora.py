@@ -40,3 +40,10 @@ def test_hub_dataset_reads_local_builders(tmp_path, streaming):
 def test_a_dataset_that_cannot_load_is_one_sentence(tmp_path):
     with pytest.raises(LitseekError, match="datasets cannot load"):
         HubDataset(str(tmp_path / "nothing")).load()
+
+
+def test_a_damaged_row_of_a_stream_is_one_sentence(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"text": "one"}\n{bad\n')
+    with pytest.raises(LitseekError, match=r"^datasets cannot (load|go on reading) 'json': [^\n]+$"):
+        list(HubDataset("json", data_files=str(file)).documents())

@@ -12,12 +12,13 @@ import json
 import os
 import sysconfig
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from litseek.data.files import EXTENSIONS, kind_of, open_bytes, rows
+from litseek.data.files import kind_of, open_bytes, rows
 from litseek.errors import LitseekError
 
 
@@ -160,11 +161,8 @@ class HubDataset:
         """The ``datasets`` object itself, for callers that resume from its own state."""
         import datasets
 
-        try:
+        with self._one_sentence("cannot load"):
             dataset = datasets.load_dataset(**self.arguments)
-        except Exception as e:  # it raises a dozen unrelated types
-            reason = " ".join(str(e).split())
-            raise LitseekError(f"datasets cannot load {self.arguments['path']!r}: {reason}") from e
         return dataset if self.limit is None else dataset.take(self.limit)
 
     def identity(self) -> dict[str, Any]:
@@ -181,14 +179,26 @@ class HubDataset:
         return islice(self._read(dataset, 0), number, None)
 
     def _read(self, dataset: Any, start: int) -> Iterator[Document]:
-        name = self.arguments["path"]
-        for number, row in enumerate(dataset, start=start):
+        name, rows = self.arguments["path"], iter(dataset)
+        for number in count(start):
+            with self._one_sentence("cannot go on reading"):
+                row = next(rows, None)
+            if row is None:
+                return
             text = row.get(self.field)
             if not isinstance(text, str):
                 fields = ", ".join(sorted(row))
                 raise LitseekError(f"{name} row {number}: no text in field {self.field!r}; the fields are {fields}.")
             if text.strip():
                 yield Document(f"{name}:{number}", text)
+
+    @contextmanager
+    def _one_sentence(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as e:  # datasets raises a dozen unrelated types, some over many lines
+            reason = " ".join(str(e.__cause__ or e).split()) or type(e).__name__
+            raise LitseekError(f"datasets {what} {self.arguments['path']!r}: {reason}") from e
 
 
 def _decode(handle: IO[bytes], path: Path) -> str:
@@ -203,6 +213,3 @@ def _decode(handle: IO[bytes], path: Path) -> str:
 def fingerprint(value: Any) -> str:
     """20 hex digits that name a JSON-able value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:20]
-
-
-__all__ = ["EXTENSIONS", "Corpus", "Document", "Files", "HubDataset", "StandardLibrary", "fingerprint"]

@@ -210,6 +210,7 @@ def batched(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 def describe(corpus: Corpus) -> str:
     """What a message calls a corpus: its files, else its kind."""
+    corpus = getattr(corpus, "corpus", corpus)  # what a wrapper wraps
     paths = getattr(corpus, "paths", None)
     if not isinstance(paths, list):
         return type(corpus).__name__

@@ -122,7 +122,8 @@ class TextSource:
     # -- the held-out split
 
     def validation(self) -> list[Row]:
-        """Rows over the held-out text in which every token is scored once."""
+        """Rows over the held-out text in which every token is scored once, the ends of documents included: they are
+        no bytes of the text, so bits per byte errs against the model."""
         stream = np.concatenate([ids for ids, _ in self._held_out])
         return score_windows(stream, self.seq_len, self.tokenizer.pad_id)
 

@@ -31,9 +31,9 @@ NOTE_TOKENS = 2**20
 class StreamingTextSource(TextSource):
     """``TextSource`` without the token array; the arguments are its own, and
 
-    ``shuffle_rows``: rows a block, the reach of the shuffling. ``validation_documents``: the held-out split is looked
-    for in so many documents from the start; what is held out is never trained on, however far the stream goes.
-    Several corpora need ``weights``. An epoch reads the documents in the same order, with new draws of FIM.
+    ``shuffle_rows``: rows a block, the reach of the shuffling. Several corpora need ``weights``. The tokenizer and the
+    scored part of the held-out split come from the stream's beginning; what falls into the split is never trained on,
+    however far the stream goes. An epoch reads the documents in the same order, with new draws of FIM.
     """
 
     def __init__(
@@ -41,22 +41,21 @@ class StreamingTextSource(TextSource):
         corpus: Corpus | Mapping[str, Corpus] | None = None,
         *,
         shuffle_rows: int = 256,
-        validation_documents: int = 20_000,
         tokenizer_chars: int = 20_000_000,
         **text: Any,
     ):
         super().__init__(corpus, tokenizer_chars=tokenizer_chars, **text)
-        for key, value in (("shuffle_rows", shuffle_rows), ("validation_documents", validation_documents)):
-            if value < 1:
-                raise ValueError(f"data.{key}={value} must be at least 1.")
+        if shuffle_rows < 1:
+            raise ValueError(f"data.shuffle_rows={shuffle_rows} must be at least 1.")
         if len(self.corpora) > 1 and self.weights is None:
             raise ValueError("data.weights is needed to mix several streams, whose sizes are not known.")
-        self.shuffle_rows, self.validation_documents = shuffle_rows, validation_documents
+        self.shuffle_rows = shuffle_rows
         self.packers: dict[str, Packer] = {}
 
     def prepare(self, cache_dir: Path) -> None:
         splits = self._splits()
-        heads = {n: _Head(c, self.validation_documents) for n, c in self.corpora.items()}
+        chars = max(self.tokenizer_spec.limit, int(2 * self.split.limit / self.split.fraction))
+        heads = {n: _Head(c, chars) for n, c in self.corpora.items()}
         self.tokenizer = self.tokenizer_spec.get(cache_dir, heads, self.split)
         self._held_out, self._mixture = [], None
         self.packers = {}
@@ -87,8 +86,8 @@ class StreamingTextSource(TextSource):
             held_out = split.capped(d for d in head.documents() if split.holds_out(d))
             if not held_out:
                 raise LitseekError(
-                    f"No document of stream {name!r} falls into the held-out split: of data.validation_documents="
-                    f"{self.validation_documents}, data.validation_fraction={split.fraction} takes none; raise one."
+                    f"None of the first {len(head.read())} documents of stream {name!r} falls into the held-out split; "
+                    f"raise data.validation_fraction={split.fraction} or data.validation_bytes={self.split.limit}."
                 )
             np.save(folder / "ids.npy", np.concatenate(PLAIN.encode(held_out, self.tokenizer)).astype(np.int64))
             (folder / "text.txt").write_bytes("".join(d.text for d in held_out).encode())
@@ -218,13 +217,24 @@ class Reader:
 
 
 class _Head:
-    """The first documents of a corpus: what the tokenizer and the held-out split are made from."""
+    """The beginning of a corpus, about so many characters of it, read once and only if asked for."""
 
-    def __init__(self, corpus: Corpus, count: int):
-        self.corpus, self.count = corpus, count
+    def __init__(self, corpus: Corpus, chars: int):
+        self.corpus, self.chars = corpus, chars
+        self._kept: list[Document] | None = None
 
     def identity(self) -> dict[str, Any]:
-        return {"first": self.count, "of": self.corpus.identity()}
+        return {"first": self.chars, "of": self.corpus.identity()}
 
     def documents(self) -> Iterator[Document]:
-        return islice(self.corpus.documents(), self.count)
+        return iter(self.read())
+
+    def read(self) -> list[Document]:
+        if self._kept is None:
+            self._kept, left = [], self.chars
+            for document in self.corpus.documents():
+                self._kept.append(document)
+                left -= len(document.text)
+                if left <= 0:
+                    break
+        return self._kept
