@@ -157,6 +157,18 @@ def test_leftovers_of_a_killed_save_are_cleared_and_the_newest_kept(tmp_path):
 def test_saving_over_a_checkpoint_replaces_it(saved):
     storage.save(saved, {"x": torch.ones(1)})
     assert storage.load(saved).keys() == {"x"}
+    assert sorted(path.name for path in saved.parent.iterdir()) == ["last", saved.name]
+
+
+def test_killed_between_taking_the_old_one_away_and_putting_the_new_one_there(saved):
+    aside = saved.parent / f".{saved.name}.replaced"
+    saved.rename(aside)
+    assert storage.last(saved.parent) == saved
+    assert_equal(storage.load(saved), STATE)
+    saved.rename(aside)
+    storage.save(saved.parent / "step-00000002", STATE)
+    assert_equal(storage.load(saved), STATE)
+    assert not list(saved.parent.glob(".step-*"))
 
 
 def test_random_state_goes_on_where_it_was(tmp_path):

@@ -132,7 +132,9 @@ def data_parallel(folder, poisoned_rank=None, resume=None, steps=4):
     """The stage on this rank of the pool: (losses, gradient norms, weights, results)."""
     rank = torch.distributed.get_rank()
     cls = Poisoned if rank == poisoned_rank else Pretrain
-    stage = toy_stage(cls, batch=8, data=ToySource(held_out=5), optim=slow(), checkpoint_every=2, checkpoint_keep=0)
+    stage = toy_stage(
+        cls, batch=8, data=ToySource(held_out=5, documents=True), optim=slow(), checkpoint_every=2, checkpoint_keep=0
+    )
     losses = Losses()
     world = torch.distributed.get_world_size()
     t = trainer(folder, steps, losses, strategy=LitseekStrategy(), devices=world)
@@ -147,7 +149,7 @@ def slow() -> AdamWConfig:
 
 
 def test_two_data_parallel_ranks_equal_one(tmp_path):
-    stage = toy_stage(Pretrain, batch=8, data=ToySource(held_out=5), optim=slow())
+    stage = toy_stage(Pretrain, batch=8, data=ToySource(held_out=5, documents=True), optim=slow())
     expected = fit(stage, tmp_path / "one", 4)
     first, second = ranks(2).run(data_parallel, tmp_path / "two")
     for losses, weights, results, _, tokens in (first, second):
@@ -165,7 +167,7 @@ def test_two_ranks_resume_bit_exactly_and_one_rank_reads_their_checkpoint(tmp_pa
     for a, b in zip(whole, rest):
         assert b[0] == a[0][2:]
         assert all(torch.equal(value, b[1][name]) for name, value in a[1].items())
-    alone = toy_stage(Pretrain, batch=8, optim=slow())
+    alone = toy_stage(Pretrain, batch=8, data=ToySource(documents=True), optim=slow())
     losses = fit(alone, tmp_path / "alone", 4, resume=tmp_path / "whole/checkpoints/step-00000002")
     assert losses == pytest.approx(whole[0][0][2:], rel=1e-6)
 

@@ -65,9 +65,8 @@ def write(
     ``point``: whether the folder above shall name this checkpoint as its newest.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    for left in folder.parent.glob(".*.partial"):
-        shutil.rmtree(left, ignore_errors=True)  # of a process that was killed while saving
     partial = folder.parent / f".{folder.name}.partial"
+    _clear(folder)
     try:
         partial.mkdir()
         save_tensors(partial)
@@ -81,10 +80,11 @@ def write(
         for path in (*partial.iterdir(), partial):
             _sync(path)
         if folder.exists():
-            remove(folder)
+            folder.rename(_aside(folder))
         partial.rename(folder)
         if point:
             _point(folder)
+        _clear(folder)
     except (Exception, CheckpointException) as error:
         shutil.rmtree(partial, ignore_errors=True)
         cause = _os_error(error)
@@ -161,6 +161,7 @@ def last(checkpoints: Path) -> Path | None:
     name = pointer.read_text(encoding="utf-8").strip()
     if not name or Path(name).name != name:
         raise LitseekError(f"{pointer}: damaged, it should hold the name of a checkpoint.")
+    _restore(checkpoints / name)
     return checkpoints / name
 
 
@@ -248,6 +249,28 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _aside(folder: Path) -> Path:
+    """Where a checkpoint waits while another takes its name."""
+    return folder.parent / f".{folder.name}.replaced"
+
+
+def _restore(folder: Path) -> None:
+    """Its old content back, if the one that was to replace it never came."""
+    if _aside(folder).is_dir() and not folder.exists():
+        _aside(folder).rename(folder)
+
+
+def _clear(folder: Path) -> None:
+    """What processes that were killed while saving left here and, of a stage's own steps, beside it."""
+    for other in (
+        folder,
+        *(path.with_name(path.name[1:].rpartition(".")[0]) for path in folder.parent.glob(".step-*")),
+    ):
+        _restore(other)
+        shutil.rmtree(_aside(other), ignore_errors=True)
+        shutil.rmtree(other.parent / f".{other.name}.partial", ignore_errors=True)
 
 
 def _point(folder: Path) -> None:

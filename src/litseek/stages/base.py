@@ -86,7 +86,7 @@ class StageModule(pl.LightningModule):
         self._compressed: dict[str, float] = {}
         self._prepared = False
         self._scores = Scores()
-        self._validated_at = -1
+        self._held_out_tokens = 0
         self.check()
 
     # -- what a stage defines -----------------------------------------------------------------------------------
@@ -256,9 +256,7 @@ class StageModule(pl.LightningModule):
         self.score(batch, self._scores)
 
     def on_validation_epoch_end(self) -> None:
-        metrics = self.measured(self._scores)
-        self._validated_at = self.step
-        self.log_dict(metrics)
+        self.log_dict(self.measured(self._scores))
 
     def score(self, batch: Batch, scores: Scores, executor: Executor | None = None) -> None:
         """Add the main head's token losses of held-out rows."""
@@ -287,8 +285,8 @@ class StageModule(pl.LightningModule):
         metrics = {"val/loss": scores.loss}
         num_bytes = getattr(self.data, "validation_bytes", None)
         if num_bytes:
-            everything = labels_in(self.data.validation())
-            metrics["val/bits_per_byte"] = scores.bits_per_byte(num_bytes, everything)
+            self._held_out_tokens = self._held_out_tokens or labels_in(self.data.validation())
+            metrics["val/bits_per_byte"] = scores.bits_per_byte(num_bytes, self._held_out_tokens)
             metrics |= self._compressors()
             metrics["val/bytes"] = float(num_bytes)
         return metrics
@@ -329,7 +327,7 @@ class StageModule(pl.LightningModule):
                 logger.log_metrics(metrics, step=self.step)
 
     def save(self) -> None:
-        self.trainer.save_checkpoint(self.checkpoints / f"step-{self.step:08d}")
+        self.trainer.save_checkpoint(self.checkpoints / f"step-{self.step:08d}", weights_only=False)
         if self.strategy.is_global_zero:
             storage.keep_newest(self.checkpoints, self.checkpoint_keep)
 
