@@ -169,11 +169,19 @@ def by_position(rows: Sequence[tuple[StageRun, np.ndarray, dict[str, np.ndarray]
         figure, axes = panels(len(rows), height=3.4, columns=2)
         for (run, positions, arms, old), ax in zip(rows, axes, strict=True):
             for i, (arm, values) in enumerate(arms.items()):
-                ax.plot(positions, values, color=ARMS.get(arm, SERIES[i % len(SERIES)]), linewidth=2, label=arm)
+                tint = ARMS.get(arm, SERIES[i % len(SERIES)])
+                ax.plot(
+                    positions,
+                    values,
+                    color=tint,
+                    linewidth=3.6 if i == 0 else 1.8,
+                    alpha=0.6 if i == 0 else 1,
+                    label=arm,
+                )
             if old is not None:
                 ax.axvline(old, color=INK, linewidth=1, linestyle=(0, (3, 3)))
-                ax.annotate(f"length trained\nbefore: {old:g}", (old, 1), (6, -2), ("data", "axes fraction"),
-                            "offset points", va="top", fontsize=8.5, color=MUTED)  # fmt: skip
+                ax.annotate(f"trained before: {old:g}", (old, 1), (0, 3), ("data", "axes fraction"), "offset points",
+                            ha="center", va="bottom", fontsize=8.5, color=MUTED)  # fmt: skip
             ax.set(title=run.label, xlabel="position in the context, tokens")
             ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes[0].set_ylabel(f"loss, {unit}")
@@ -219,7 +227,7 @@ def imbalance(runs: Sequence[StageRun]) -> Figure:
             for (name, (steps, load_NE)), tint in zip(run.routing.items(), shades, strict=True):
                 ratio = load_NE.max(axis=1) / np.maximum(load_NE.mean(axis=1), 1e-9)
                 tops.append(ratio.max())
-                ax.plot(*thin(steps, ratio), color=tint, linewidth=1.5, label=name)
+                ax.plot(*thin(steps, ratio), "o-" if len(steps) < 3 else "-", color=tint, linewidth=1.5, label=name)
             ax.axhline(1, color=INK, linewidth=1, linestyle=(0, (3, 3)))
             ax.set(title=run.label, xlabel="steps")
             ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))

@@ -19,6 +19,7 @@ REWARD = ("rollout/reward",)
 ACCURACY = "eval/accuracy"
 BITS = "val/bits_per_byte"
 COMPRESSORS = {"gzip -9": "val/gzip_bits_per_byte", "xz -9e": "val/xz_bits_per_byte"}
+TUNED = STAGES[3:]
 ARMS = ("old frequencies", "yarn untrained", "yarn trained")
 
 
@@ -76,7 +77,7 @@ def card(run: StageRun, index: int) -> dict[str, str]:
     """A stage in the lineage: its key number, and what to compare it with."""
     value, unit, note = "…", "unfinished", ""
     results = run.results
-    if ACCURACY in results and (run.name not in STAGES[:3] or BITS not in results):
+    if ACCURACY in results and (run.name in TUNED or BITS not in results):
         value, unit = f"{100 * results[ACCURACY]:.1f} %", "of held-out problems"
         if (before := results.get(f"{ACCURACY}_before")) is not None:
             note = f"before: {100 * before:.1f} %"
@@ -95,7 +96,7 @@ def card(run: StageRun, index: int) -> dict[str, str]:
 def bits_section(runs: Sequence[StageRun]) -> Section | None:
     rows = []
     for run in runs:
-        if BITS in run.results:
+        if BITS in run.results and run.name not in TUNED:  # a tuned stage is scored on answers only
             others = {name: run.results[key] for name, key in COMPRESSORS.items() if key in run.results}
             rows.append((run.name, run.label, float(run.results[BITS]), others))
     if not rows:
@@ -134,6 +135,8 @@ def position_section(runs: Sequence[StageRun]) -> Section | None:
         "parent with YaRN's frequencies before any training, and the stage's result. The first step is what the change "
         "of frequencies gives, the second what training at the new length gives; less than zero is better."
     )
+    if any(row[1] == row[2] for row in table):
+        text += " Where both are equal the parent had the new frequencies already: the report sets YaRN's factor once, for 128K."
     in_bits = all(f"{BITS}_untrained" in run.results for run, *_ in rows)
     header = ["bits per byte" if in_bits else f"mean {unit}", *ARMS, "from the frequencies", "from training"]
     figure = picture(figures.by_position(rows, unit), "Loss by position before and after YaRN")
@@ -158,7 +161,10 @@ def position_row(run: StageRun, arms: dict[str, np.ndarray]) -> list[str]:
         means = {name: float(np.nanmean(values)) for name, values in arms.items()}
 
     def gain(before: str, after: str) -> str:
-        return f"{means[after] - means[before]:+.3f}" if before in means and after in means else "–"
+        if before not in means or after not in means:
+            return "–"
+        change = round(means[after] - means[before], 3)
+        return f"{change:+.3f}" if change else "0"
 
     cells = [f"{means[name]:.3f}" if name in means else "–" for name in ARMS]
     return [run.label, *cells, gain(ARMS[0], ARMS[1]), gain(ARMS[1], ARMS[2])]
