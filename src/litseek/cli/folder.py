@@ -15,6 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
+
 from litseek.cli import receipt as receipts
 from litseek.errors import LitseekError
 from litseek.parallel.storage import last
@@ -56,7 +59,8 @@ def begin(folder: Path, config: Mapping[str, Any], parent: str | None, rerun: st
 
     What is set aside lies in `<folder>.replaced` until the next time, and a line says why. `rerun` as in `train`.
     """
-    if "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    together = "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if together or dist.is_initialized():  # by torchrun, or by an earlier stage of this pipeline
         return _agree(lambda: _decide(folder, config, parent, rerun))
     if not is_zero():
         return _join(folder)  # rank 0 decided before it launched this process
@@ -92,10 +96,7 @@ def _answers(folder: Path, rerun: str | None) -> bool:
 
 
 def _agree(decide: Callable[[], Attempt]) -> Attempt:
-    """Under torchrun all ranks start at once: rank 0 decides and tells the others, its errors too."""
-    import torch
-    import torch.distributed as dist
-
+    """All ranks come here at once: rank 0 decides and tells the others, its errors too."""
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     box: list[Any] = [None]

@@ -92,7 +92,6 @@ def _fit(
         callbacks=list(objects["callbacks"].values()),
         strategy=objects["strategy"],
         logger=loggers(cfg, config, folder, attempt.wandb_id),
-        num_nodes=cfg.cluster.num_nodes,
     )
     started = time.monotonic()
     try:
