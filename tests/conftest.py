@@ -1,4 +1,7 @@
-"""One thread for every test process: tiny shapes gain nothing from more, and processes that share cores lose much."""
+"""One thread for every test process: tiny shapes gain nothing from more, and processes that share cores lose much.
+
+Every test starts from the same random numbers.
+"""
 
 import logging
 import os
@@ -6,8 +9,14 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
 
+import pytest
 import torch  # the variables above are read when torch is loaded
 
 torch.set_num_threads(1)
 for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
     logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)

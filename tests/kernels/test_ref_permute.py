@@ -76,3 +76,10 @@ def test_unpermute_sums_bfloat16_rows_in_float32():
     rows = torch.tensor([[256.0], [1.0], [1.0]], dtype=torch.bfloat16)
     out = unpermute(rows, torch.ones(1, 3), order, inverse)
     assert out.dtype == torch.bfloat16 and out.item() == 258.0
+
+
+def test_unpermute_keeps_the_gates_weights_in_float32():
+    # 1 + 2**-9 rounds to 1 in bfloat16: the difference of the two rows would vanish
+    order, inverse, _ = sort_by_expert(torch.tensor([[0, 1]]), 2)
+    rows = torch.tensor([[256.0], [-256.0]], dtype=torch.bfloat16)
+    assert unpermute(rows, torch.tensor([[1 + 2**-9, 1.0]]), order, inverse).item() == 0.5

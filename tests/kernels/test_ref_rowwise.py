@@ -5,7 +5,7 @@ import torch
 from litseek_kernels.ref.rmsnorm import rmsnorm
 from litseek_kernels.ref.swiglu import swiglu
 
-SHAPES = [(5, 7), (0, 7), (1, 1), (123, 431)]
+SHAPES = [(5, 7), (0, 7), (1, 3), (123, 431)]
 DTYPES = [(torch.float32, 1e-6), (torch.float64, 1e-14), (torch.bfloat16, 6e-3)]
 
 
