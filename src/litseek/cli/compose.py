@@ -203,15 +203,19 @@ def _take(overrides: tuple[str, ...], key: str) -> str | None:
     return None if not values or values[-1] in ("", "null") else values[-1]
 
 
-def _arm_override(arm: str) -> str:
-    """`experiment=a/b` becomes a group choice that comes last, so that it wins over stage and preset."""
-    found = [
+def arms() -> list[str]:
+    """`<folder>/<arm>` of every file in reach of `experiment=`."""
+    return [
         str(path.relative_to(root / "experiments").with_suffix(""))
         for root in experiments_roots()
         for path in sorted((root / "experiments").glob("*/*.yaml"))
     ]
-    if arm not in found:
-        raise Usage.nearest(f"experiment={arm} has no file experiments/{arm}.yaml", arm, found)
+
+
+def _arm_override(arm: str) -> str:
+    """`experiment=a/b` becomes a group choice that comes last, so that it wins over stage and preset."""
+    if arm not in arms():
+        raise Usage.nearest(f"experiment={arm} has no file experiments/{arm}.yaml", arm, arms())
     return f"+experiments@_global_={arm}"
 
 

@@ -6,7 +6,7 @@ import re
 
 from omegaconf import OmegaConf
 
-from litseek.cli.compose import conf_dir
+from litseek.cli.compose import arms, conf_dir
 from litseek.cli.errors import Usage
 
 EXAMPLES = """\
@@ -54,6 +54,8 @@ def command(name: str, line: str) -> str:
         raise Usage(f"{root} is missing: the installation is incomplete.")
     defaults = OmegaConf.to_container(OmegaConf.load(root)).get("defaults", [])  # type: ignore[union-attr]
     groups = [f"  {group:<11}{choices(group)}" for entry in defaults if isinstance(entry, dict) for group in entry]
+    if groups:
+        groups.append(f"  {'experiment':<11}{' '.join(arms())}")
     keys = [f"  {text}" for text in root.read_text().split("\n") if re.match(r"\w+:.*\S", text) and text != "defaults:"]
     parts = [
         f"litseek {name}: {line}",

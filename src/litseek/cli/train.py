@@ -118,7 +118,7 @@ def loggers(cfg: DictConfig, config: dict[str, Any], folder: Path, wandb_id: str
         extra: dict[str, Any] = {"save_dir": str(folder)}
         if node["_target_"].endswith("WandbLogger"):
             os.environ.setdefault("WANDB_SILENT", "true")
-            if not _wandb_login():
+            if not wandb_login():
                 os.environ.setdefault("WANDB_MODE", "offline")
             wandb.setup()  # reads it; otherwise the first warning comes before
             extra |= {
@@ -126,7 +126,7 @@ def loggers(cfg: DictConfig, config: dict[str, Any], folder: Path, wandb_id: str
                 "group": group(cfg),
                 "name": f"{group(cfg)}/{cfg.stage.name}",
                 "job_type": cfg.stage.name,
-                "offline": not _wandb_login(),
+                "offline": not wandb_login(),
                 "config": config,
             }
             if cfg.experiment:
@@ -151,7 +151,7 @@ def summary(folder: Path, result: dict[str, Any]) -> str:
     return line
 
 
-def _wandb_login() -> bool:
+def wandb_login() -> bool:
     """Whether W&B has a key, from the environment or from `wandb login`; WANDB_MODE=offline wins."""
     if os.environ.get("WANDB_MODE") in ("offline", "disabled"):
         return False
