@@ -110,7 +110,7 @@ def thin(x: np.ndarray, y: np.ndarray, most: int = 600) -> tuple[np.ndarray, np.
 def curve(axes: Axes, x: np.ndarray, y: np.ndarray, tint: str, label: str | None = None) -> None:
     """Raw values faintly, their running average on top."""
     axes.plot(*thin(x, y), color=tint, alpha=0.28, linewidth=0.9)
-    axes.plot(*thin(x, smooth(y, len(y) / 25)), color=tint, linewidth=2, label=label)
+    axes.plot(*thin(x, smooth(y, max(len(y) / 25, 5))), color=tint, linewidth=2, label=label)
 
 
 def loss_curves(runs: Sequence[StageRun], column: Sequence[str]) -> Figure:
@@ -164,29 +164,40 @@ def bits_per_byte(rows: Sequence[tuple[str, str, float, dict[str, float]]]) -> F
 
 
 def by_position(rows: Sequence[tuple[StageRun, np.ndarray, dict[str, np.ndarray], float | None]], unit: str) -> Figure:
-    """Loss along the context, one panel a context stage. Rows: (run, positions, arm -> loss, old length)."""
+    """A row a context stage: loss along the context, and its difference from the first arm's, in which the text's own
+    ups and downs cancel. Rows: (run, positions, arm -> loss, old length)."""
     with matplotlib.rc_context(STYLE):
-        figure, axes = panels(len(rows), height=3.4, columns=2)
-        for (run, positions, arms, old), ax in zip(rows, axes, strict=True):
+        figure, axes = panels(2 * len(rows), height=3.0, columns=2)
+        for (run, positions, arms, old), left, right in zip(rows, axes[::2], axes[1::2], strict=True):
+            base = next(iter(arms.values()))
             for i, (arm, values) in enumerate(arms.items()):
                 tint = ARMS.get(arm, SERIES[i % len(SERIES)])
-                ax.plot(
-                    positions,
-                    values,
-                    color=tint,
-                    linewidth=3.6 if i == 0 else 1.8,
-                    alpha=0.6 if i == 0 else 1,
-                    label=arm,
-                )
-            if old is not None:
-                ax.axvline(old, color=INK, linewidth=1, linestyle=(0, (3, 3)))
-                ax.annotate(f"trained before: {old:g}", (old, 1), (0, 3), ("data", "axes fraction"), "offset points",
-                            ha="center", va="bottom", fontsize=8.5, color=MUTED)  # fmt: skip
-            ax.set(title=run.label, xlabel="position in the context, tokens")
-            ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        axes[0].set_ylabel(f"loss, {unit}")
-        axes[0].legend(loc="upper left", bbox_to_anchor=(0, -0.18), ncols=3)
+                look: dict[str, Any] = {
+                    "linewidth": 3.6 if i == 0 else 1.8,
+                    "alpha": 0.6 if i == 0 else 1,
+                    "color": tint,
+                }
+                left.plot(positions, values, label=arm, **look)
+                right.plot(*stretches(positions, values - base), **look)
+            for ax in (left, right):
+                if old is not None and old < positions[-1]:
+                    ax.axvline(old, color=INK, linewidth=1, linestyle=(0, (3, 3)))
+                    ax.annotate(f"trained before: {old:g}", (old, 1), (0, 3), ("data", "axes fraction"), "offset points",
+                                ha="center", va="bottom", fontsize=8.5, color=MUTED)  # fmt: skip
+                ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+            left.set(title=run.label, ylabel=f"loss, {unit}")
+            right.set_ylabel(f"minus {next(iter(arms))}")
+        for ax in axes[-2:]:
+            ax.set_xlabel("position in the context, tokens")
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=3)
         return figure
+
+
+def stretches(x: np.ndarray, y: np.ndarray, most: int = 16) -> tuple[np.ndarray, np.ndarray]:
+    """Means over at most `most` neighbouring stretches."""
+    parts = min(most, len(x))
+    return tuple(np.array([part.mean() for part in np.array_split(values, parts)]) for values in (x, y))  # type: ignore[return-value]
 
 
 def expert_load(routing: dict[str, tuple[np.ndarray, np.ndarray]], most: int = 6) -> Figure:
@@ -195,7 +206,8 @@ def expert_load(routing: dict[str, tuple[np.ndarray, np.ndarray]], most: int = 6
     chosen = [names[i] for i in np.unique(np.linspace(0, len(names) - 1, min(most, len(names))).round().astype(int))]
     with matplotlib.rc_context(STYLE):
         experts = max(routing[name][1].shape[1] for name in chosen)
-        figure, axes = panels(len(chosen), height=2.0 + min(experts, 64) / 24)
+        columns = 4 if len(chosen) == 4 else 3
+        figure, axes = panels(len(chosen), height=2.0 + min(experts, 64) / 24, columns=columns)
         image = None
         for i, (name, ax) in enumerate(zip(chosen, axes, strict=True)):
             steps, load_NE = routing[name]
@@ -208,7 +220,7 @@ def expert_load(routing: dict[str, tuple[np.ndarray, np.ndarray]], most: int = 6
             ax.set(title=name, xlabel="steps")
             ax.yaxis.set_major_locator(MaxNLocator(min(8, share.shape[1]), integer=True))
             ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-            if i % 3 == 0:
+            if i % columns == 0:
                 ax.set_ylabel("expert")
         assert image is not None
         bar = figure.colorbar(image, ax=axes, shrink=0.9, pad=0.015, aspect=22)
@@ -222,9 +234,11 @@ def imbalance(runs: Sequence[StageRun]) -> Figure:
     with matplotlib.rc_context(STYLE):
         figure, axes = panels(len(runs), height=2.3)
         tops = []
+        names = max((list(run.routing) for run in runs), key=len)
+        shades = dict(zip(names, matplotlib.colormaps["viridis"](np.linspace(0, 0.85, len(names))), strict=True))
         for i, (run, ax) in enumerate(zip(runs, axes, strict=True)):
-            shades = matplotlib.colormaps["viridis"](np.linspace(0, 0.85, len(run.routing)))
-            for (name, (steps, load_NE)), tint in zip(run.routing.items(), shades, strict=True):
+            for name, (steps, load_NE) in run.routing.items():
+                tint = shades.get(name, MUTED)
                 ratio = load_NE.max(axis=1) / np.maximum(load_NE.mean(axis=1), 1e-9)
                 tops.append(ratio.max())
                 ax.plot(*thin(steps, ratio), "o-" if len(steps) < 3 else "-", color=tint, linewidth=1.5, label=name)

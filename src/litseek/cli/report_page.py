@@ -101,7 +101,7 @@ def bits_section(runs: Sequence[StageRun]) -> Section | None:
             rows.append((run.name, run.label, float(run.results[BITS]), others))
     if not rows:
         return None
-    sizes = unique(run.results.get("val/bytes") for run in runs)
+    sizes = unique(run.results.get("val/bytes") for run in runs if run.name not in TUNED)
     size = f" ({', '.join(quantity(n) for n in sizes)} bytes)" if sizes else ""
     text = (
         f"Held-out text{size}, never trained on. The bars are the model's cross-entropy in bits per byte of text, the marks are "
@@ -133,7 +133,8 @@ def position_section(runs: Sequence[StageRun]) -> Section | None:
     text = (
         "The same held-out windows at the new length, read by three models: the parent with its old rotary frequencies, the "
         "parent with YaRN's frequencies before any training, and the stage's result. The first step is what the change "
-        "of frequencies gives, the second what training at the new length gives; less than zero is better."
+        "of frequencies gives, the second what training at the new length gives; below zero is better. On the right the "
+        "loss of the old frequencies is taken off, and with it the text's own ups and downs."
     )
     if any(row[1] == row[2] for row in table):
         text += " Where both are equal the parent had the new frequencies already: the report sets YaRN's factor once, for 128K."
