@@ -120,6 +120,23 @@ def test_every_sample_has_ratio_one_bit_for_bit(tokenizer, tmp_path):
     assert seen == [True, True]
 
 
+def test_leaving_out_samples_that_teach_nothing_changes_nothing(tokenizer, tmp_path):
+    class Whole(Grpo):
+        def _rows(self, rollout, rank):
+            return list(torch.arange(len(rollout)).split(self.micro_batch))
+
+    trained = []
+    for kind in (Grpo, Whole):
+        stage = make(tokenizer, group=2, beta=0.0)
+        stage.__class__ = kind
+        record = fit(stage, tmp_path / kind.__name__, 1)
+        assert 0 < int((record.rollouts[0]["advantage"] == 0).sum()) < 16
+        trained.append((record.metrics[0]["loss"], stage.model.state_dict()))
+    assert trained[0][0] == pytest.approx(trained[1][0], abs=1e-6)
+    for name, value in trained[0][1].items():
+        torch.testing.assert_close(value, trained[1][1][name], atol=1e-5, rtol=1e-4)
+
+
 def test_a_run_that_is_cut_in_the_middle_of_a_rollout_goes_on_bit_equal(tokenizer, tmp_path):
     keys = {"updates_per_rollout": 3, "beta": 0.05, "checkpoint_every": 2, "checkpoint_keep": 9}
     whole = make(tokenizer, **keys)

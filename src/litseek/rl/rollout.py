@@ -37,7 +37,8 @@ class Rollout:
     advantage: Tensor
     """(N,) float32."""
     old_logprobs: Tensor
-    """(N, S) float32: of ``labels`` under the policy that sampled, scored by the training executor; 0 elsewhere."""
+    """(N, S) float32: of ``labels`` under the policy that sampled, scored by the training executor; 0 elsewhere and for
+    samples that teach nothing."""
     ref_logprobs: Tensor
     """(N, S) float32 under the frozen reference; (N, 0) when the KL term is off."""
 

@@ -60,6 +60,7 @@ class Grpo(StageModule):
         self.max_tokens, self.temperature, self.max_generate = max_tokens, temperature, max_generate
         self.clip, self.beta, self.level = clip, beta, level
         self.rollout: Rollout | None = None
+        self._trained_share = 1.0
         self.sampling_gap = 0.0
         """Mean distance between the engine's and the executor's log-probabilities of the sampled tokens."""
         super().__init__(*args, mtp_weight=0.0, balance_speed=balance_speed, **keys)
@@ -149,6 +150,8 @@ class Grpo(StageModule):
             self.rollout = self.roll(index)
         self.log_dict(self.rollout.metrics())
         self.log("rollout/logprob_gap", self.sampling_gap)
+        trained = sum(len(rows) for rank in range(self.strategy.dp) for rows in self._rows(self.rollout, rank))
+        self._trained_share = trained / len(self.rollout)
         return self._micros(self.rollout)
 
     def roll(self, index: int) -> Rollout:
@@ -211,22 +214,25 @@ class Grpo(StageModule):
         def head(state: State, micro: MicroBatch) -> Tensor:
             return self._logprobs(state, micro, head_VD)
 
-        rows = self._rows(rollout)
+        rows = self._rows(rollout, self.strategy.dp_rank)
         parts = executor.forward(self._micros(rollout), head, until="norm")
-        for rows_, part in zip(rows, parts, strict=True):
-            out_NS[rows_, : part.shape[1]] = part.cpu()
+        for rows_R, part in zip(rows, parts, strict=True):
+            out_NS[rows_R, : part.shape[1]] = part.cpu()
         return self.strategy.sum(out_NS.to(self.device)).cpu()
 
-    def _rows(self, rollout: Rollout) -> list[slice]:
-        """This rank's samples, cut into micro-batches."""
+    def _rows(self, rollout: Rollout, rank: int) -> list[Tensor]:
+        """A rank's samples in micro-batches of like length. Without a KL term a sample of advantage 0 has no gradient
+        and is left out."""
         share = len(rollout) // self.strategy.dp
-        first = self.strategy.dp_rank * share
-        return [
-            slice(i, min(i + self.micro_batch, first + share)) for i in range(first, first + share, self.micro_batch)
-        ]
+        mine = torch.arange(rank * share, (rank + 1) * share)
+        if not self.beta:
+            useful = mine[rollout.advantage[mine] != 0]
+            mine = useful if len(useful) else mine[:1]  # every rank runs the executor
+        mine = mine[torch.argsort(rollout.length[mine], stable=True)]
+        return list(mine.split(self.micro_batch))
 
     def _micros(self, rollout: Rollout) -> list[MicroBatch]:
-        return [rollout.micro(rows).to(self.device) for rows in self._rows(rollout)]
+        return [rollout.micro(rows).to(self.device) for rows in self._rows(rollout, self.strategy.dp_rank)]
 
     def _gather(self, value: Any) -> list[Any]:
         """The value of every rank, in their order."""
@@ -253,7 +259,8 @@ class Grpo(StageModule):
         )
         # the mean surprise of sampled tokens estimates the policy's entropy without its whole distribution
         metrics["entropy"] = -logprobs_NS.detach().sum() / mask_NS.sum().clamp(min=1)
-        return loss, metrics
+        # the executor averages over the samples it is given; the others count with a loss of 0
+        return loss * self._trained_share, metrics
 
     def _logprobs(self, state: State, micro: MicroBatch, head_VD: Tensor) -> Tensor:
         """(N, S) log-probabilities of the labels at the sampling temperature; the head runs on scored places only."""
@@ -293,9 +300,12 @@ class _Steps:
 
 
 def _gap(rollout: Rollout, sampled: list[list[float]]) -> float:
-    """Mean |log p by the engine - log p by the executor| over completion tokens."""
+    """Mean |log p by the engine - log p by the executor| over the tokens that the executor scored."""
     total, count = 0.0, 0
+    scored_N = rollout.old_logprobs.any(dim=1).tolist()
     for n, logprobs in enumerate(sampled):
+        if not scored_N[n]:
+            continue
         start, end = int(rollout.prompt_length[n]) - 1, int(rollout.length[n]) - 1
         scored = rollout.old_logprobs[n, start:end]
         total += float((scored - torch.tensor(logprobs[: end - start])).abs().sum())
