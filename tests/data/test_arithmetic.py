@@ -26,6 +26,22 @@ def test_steps_follow_the_expression():
     assert chain_sum_steps("3 + 9 - 2 - 15") == ["3 + 9 = 12", "12 - 2 = 10", "10 - 15 = -5"]
 
 
+SUMS = {**EASY, "operators": ["+"], "allow_parentheses": False, "allow_negation": False}
+
+
+def test_basic_arithmetic_works_its_sums_and_refuses_what_has_no_steps():
+    problems = Arithmetic("sft", task="basic_arithmetic", options=SUMS)
+    for i in range(50):
+        problem = problems[i]
+        assert problem.prompt.endswith(" =") and "-" not in problem.solution
+        assert problems.score(problem, problem.solution) == 1.0
+    products = Arithmetic("sft", task="basic_arithmetic", options={**SUMS, "operators": ["*"]})
+    with pytest.raises(ValueError, match="worked steps exist for sums"):
+        products[0]
+    direct = Arithmetic("sft", task="basic_arithmetic", options={**SUMS, "operators": ["*"]}, worked=False)
+    assert direct.score(direct[0], direct[0].solution) == 1.0
+
+
 def test_digits_are_spaced_everywhere():
     options = {"min_terms": 3, "max_terms": 3, "min_digits": 2, "max_digits": 2}
     problems = Arithmetic("sft", options=options, spaced_digits=True)
@@ -36,7 +52,8 @@ def test_digits_are_spaced_everywhere():
 
 
 @pytest.mark.parametrize(
-    "response", ["", "Answer:", "12", "Answer: 9 Answer:", "Answer: 1 2 3", "Answer: 12 or so", "Answer: 1 2", "Answer: 12\nmore"]
+    "response",
+    ["", "Answer:", "12", "Answer: 9 Answer:", "Answer: 1 2 3", "Answer: 12 or so", "Answer: 1 2", "Answer: 12\nmore"],
 )
 def test_anything_but_the_answer_scores_zero(response):
     problems = make()

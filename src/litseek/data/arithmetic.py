@@ -155,6 +155,8 @@ def chain_sum_steps(expression: str) -> list[str]:
     """One line a term: "3 + 4 = 7", "7 - 9 = -2"."""
     first, *rest = expression.split()
     total, lines = int(first), []
+    if len(rest) % 2 or not set(rest[::2]) <= {"+", "-"}:
+        raise ValueError(f"worked steps exist for sums of + and - alone, not for {expression!r}; set worked to false.")
     for sign, term in zip(rest[::2], rest[1::2], strict=True):
         after = total + int(term) if sign == "+" else total - int(term)
         lines.append(f"{total} {sign} {term} = {after}")
@@ -162,7 +164,7 @@ def chain_sum_steps(expression: str) -> list[str]:
     return lines
 
 
-WORKED_STEPS = {"chain_sum": chain_sum_steps}
+WORKED_STEPS = {"chain_sum": chain_sum_steps, "basic_arithmetic": chain_sum_steps}
 
 
 def _create(task: str, options: dict[str, Any]) -> Any:

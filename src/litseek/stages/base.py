@@ -147,6 +147,7 @@ class StageModule(pl.LightningModule):
         self.parent = ref
         if ref.tokenizer is not None and hasattr(self.data, "use_tokenizer"):
             self.data.use_tokenizer(ref.tokenizer)
+            self._prepared = False
         self.configure_model()
         load_weights(self.model, ref)
 
@@ -158,6 +159,8 @@ class StageModule(pl.LightningModule):
                 self.model.compile_phases()
 
     def prepare_data(self) -> None:
+        if self._prepared:  # the command prepares before the folder is touched, Lightning asks again
+            return
         self.data.set_seed(self.seed)
         self.data.prepare(self.cache_dir)
         self.data.tokenizer.check_fits(self.cfg.vocab_size)
