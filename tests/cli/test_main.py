@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -106,3 +108,10 @@ def test_show_configuration(capsys: pytest.CaptureFixture[str]) -> None:
 def test_errors_become_one_sentence(error: Exception, sentence: str) -> None:
     assert describe(error).startswith(sentence)
     assert "\n" not in describe(error)
+
+
+def test_waiting_threads_are_told_to_sleep_before_torch_loads() -> None:
+    program = "import sys, litseek.cli.__main__ as m; assert 'torch' not in sys.modules; m.main(['--help']); import os; print(os.environ['OMP_WAIT_POLICY'])"
+    env = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=env)
+    assert done.returncode == 0 and done.stdout.endswith("PASSIVE\n"), done.stderr
