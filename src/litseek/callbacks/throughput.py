@@ -42,6 +42,8 @@ class Throughput(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         self._skip = self.warmup
         self._window.clear()
+        if pl_module.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(pl_module.device)
         self._ended = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
@@ -54,6 +56,7 @@ class Throughput(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
         if torch.cuda.is_available() and pl_module.device.type == "cuda":
             torch.cuda.synchronize(pl_module.device)
+            pl_module.log("throughput/peak_gib", torch.cuda.max_memory_allocated(pl_module.device) / 2**30)
         self._ended = time.perf_counter()
         if self._skip:
             self._skip -= 1
