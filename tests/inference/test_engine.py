@@ -169,8 +169,9 @@ def test_no_prompts_give_an_empty_generation():
 def test_on_a_gpu(precision):
     """Float32 gives the CPU's greedy tokens; BF16 runs, samples and stops."""
     batch, wanted = prompts(6), Engine(tiny()).generate(prompts(6), Sampling(max_tokens=12, temperature=0))
+    cfg = tiny().cfg
     with torch.device("cuda"):
-        model = build(tiny().cfg, precision)
+        model = build(cfg, precision)
     model.load_state_dict(tiny().state_dict())
     out = Engine(model).generate(batch, Sampling(max_tokens=12, temperature=0))
     if precision.name == "fp32":
