@@ -41,7 +41,8 @@ def one(*words: str, command: str = "train") -> Composed:
 def missing(group: str, choice: str) -> list[str]:
     """Values for what a group's file leaves to the user."""
     found = flat(yaml.safe_load((CONF / group / f"{choice}.yaml").read_text()), group)
-    return [f"{key}=[text]" if "files" in key else f"{key}=text" for key, value in found.items() if value == "???"]
+    values = {"files": "[text]", "max_steps": "1"}
+    return [f"{key}={values.get(key.rpartition('.')[2], 'text')}" for key, value in found.items() if value == "???"]
 
 
 def flat(node: Any, path: str) -> dict[str, Any]:
@@ -139,6 +140,12 @@ def test_stage_comes_before_model() -> None:
         (["optim.betas=[1"], "optim.betas=[1 is not understood"),
         (["seed"], "'seed' is neither key=value nor a flag"),
         (["--mulitrun"], "'--mulitrun' is not a flag; did you mean --multirun?"),
+        (["optim.lr=abc"], "optim.lr='abc' is not a number."),
+        (["trainer.max_steps=abc"], "trainer.max_steps='abc' is not an integer."),
+        (["stage.checkpoint_every=1.5"], "stage.checkpoint_every=1.5 is not an integer."),
+        (["stage.compile=maybe"], "stage.compile='maybe' is not true or false."),
+        (["data.seq_len=null"], "data.seq_len=null is not an integer."),
+        (["strategy.recompute=attend"], "strategy.recompute='attend' is not"),
         (["trainer._target_=nowhere.Trainer"], "trainer._target_=nowhere.Trainer cannot be imported"),
     ],
 )

@@ -49,3 +49,5 @@ def test_summary_states_what_a_number_is_to_be_compared_with() -> None:
 def test_callbacks_can_be_left_out() -> None:
     cfg = jobs("train", parse(["preset=smoke", "~callbacks.ema", "callbacks.progress=null"]))[0].cfg
     assert set(construct(cfg)["callbacks"]) == {"throughput", "routing", "spike_guard"}
+    cfg = jobs("train", parse(["preset=smoke", "trainer.enable_progress_bar=false"]))[0].cfg
+    assert "progress" not in construct(cfg)["callbacks"]  # Lightning refuses the two together

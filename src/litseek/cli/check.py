@@ -6,6 +6,8 @@ import functools
 import inspect
 import logging
 import re
+import types
+import typing
 from collections.abc import Callable, Iterator, Set
 from pathlib import Path
 from typing import Any
@@ -116,6 +118,54 @@ def check_call(path: str, node: dict[str, Any]) -> None:
     needed = {name for name, p in parameters.items() if p.default is p.empty}
     if absent := sorted(needed - given - filled):
         raise Usage(f"{target.__name__} needs {' and '.join(f'{path}.{key}' for key in absent)}, which nothing sets.")
+    check_values(target, {f"{path}.{key}": (key, node[key]) for key in sorted(given & set(parameters))})
+
+
+def check_values(target: Any, given: dict[str, tuple[str, Any]]) -> None:
+    """Numbers, texts and truth values against the annotations of `target`; `given`: full name -> (argument, value)."""
+    kinds = annotations(target)
+    for name, (key, value) in given.items():
+        if key in kinds and (wanted := _mismatch(value, kinds[key])):
+            found = "null" if value is None else repr(value)
+            raise Usage(f"{name}={found} is not {wanted}.")
+
+
+@functools.cache
+def annotations(target: Any) -> dict[str, tuple[Any, ...]]:
+    """The types that each argument may have; arguments whose annotation cannot be told are left out."""
+    calls = (
+        [vars(c)["__init__"] for c in target.__mro__[:-1] if "__init__" in vars(c)] if inspect.isclass(target) else []
+    )
+    found: dict[str, tuple[Any, ...]] = {}
+    for call in reversed(calls or [target]):
+        try:
+            hints = typing.get_type_hints(call)
+        except (NameError, TypeError, AttributeError):  # of names that only a type checker imports
+            continue
+        found |= {name: tuple(_members(hint)) for name, hint in hints.items()}
+    return found
+
+
+def _members(hint: Any) -> Iterator[Any]:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        for inner in typing.get_args(hint):
+            yield from _members(inner)
+    else:
+        yield typing.get_origin(hint) or hint
+
+
+def _mismatch(value: Any, kinds: tuple[Any, ...]) -> str | None:
+    """What was wanted, if `value` is plain and surely of none of `kinds`. Mappings and lists are their object's affair."""
+    sure = {int, float, bool, str, type(None)}
+    if isinstance(value, (dict, list)) or any(not isinstance(k, type) or k in (object, Any, Path) for k in kinds):
+        return None
+    if type(value) in kinds or (isinstance(value, int) and not isinstance(value, bool) and float in kinds):
+        return None
+    if bool in kinds and value in (0, 1):
+        return None
+    names = {int: "an integer", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
+    wanted = [names[k] for k in kinds if k in sure and not (k is int and float in kinds)]
+    return " or ".join(wanted) or f"what {kinds[0].__name__} is made from"
 
 
 @functools.cache

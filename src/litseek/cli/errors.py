@@ -49,7 +49,8 @@ def describe(error: BaseException) -> str:
         return f"the disk is full{where}; earlier checkpoints are untouched."
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror.lower()}." if error.filename else f"{error.strerror.lower()}."
-    if isinstance(error, (LitseekError, ValueError)) and text:
+    foreseen = isinstance(error, (LitseekError, ValueError)) or type(error).__name__ == "MisconfigurationException"
+    if foreseen and text:  # the last is Lightning's, for settings that its Trainer refuses
         return text if text[-1] in ".?!" else f"{text}."
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("litseek"):
         return f"the Python package '{error.name}' is not installed; pip install 'litseek[dev]' brings all of them."

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from litseek.cli.check import check_values
 from litseek.cli.errors import plain_warnings
 from litseek.data import chat as chat_template
 from litseek.data.tokenizer import BOS, EOS, USER, Tokenizer
@@ -34,6 +35,7 @@ def run(cfg: DictConfig) -> None:
     if options["output_file"] is not None and options["input_file"] is None:
         raise ValueError("output_file is set but input_file is not: allowed are both, or neither")
     sampling = {key: options[key] for key in ("max_tokens", "temperature", "top_p", "seed")}
+    check_values(Sampling, {key: (key, value) for key, value in sampling.items()})
     Sampling(**sampling)  # refuses impossible values before a model is loaded
     prompts = None if options["input_file"] is None else read_prompts(Path(options["input_file"]).expanduser())
     with plain_warnings():

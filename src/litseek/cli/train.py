@@ -59,12 +59,27 @@ def check(cfg: DictConfig) -> None:
 
 def construct(cfg: DictConfig) -> dict[str, Any]:
     """The stage without weights or data, the callbacks and the strategy. Every constructor checks its own values."""
+    allowed = {
+        "max_steps": lambda n: n != 0,
+        "limit_train_batches": lambda n: n != 0,
+        "accumulate_grad_batches": lambda n: n == 1,
+    }
+    for key, fits in allowed.items():
+        if (value := cfg.trainer.get(key)) is not None and not fits(value):
+            why = "nothing would be trained" if value == 0 else "a step is one global batch, so only 1 is supported"
+            raise ValueError(f"trainer.{key}={value}: {why}.")
     parts = {key: make(cfg[key]) for key in ("model", "precision", "optim", "data")}
     return {
         "stage": make(cfg.stage, **parts, seed=cfg.seed),
-        "callbacks": {name: make(node) for name, node in cfg.callbacks.items() if node is not None},
+        "callbacks": {name: make(node) for name, node in cfg.callbacks.items() if wanted(cfg, node)},
         "strategy": make(cfg.strategy),
     }
+
+
+def wanted(cfg: DictConfig, node: DictConfig | None) -> bool:
+    """Callbacks set to null are left out, and the progress bar where the trainer shall have none."""
+    bar = node is not None and node._target_.endswith(".Progress")
+    return node is not None and not (bar and cfg.trainer.get("enable_progress_bar") is False)
 
 
 def prepare(objects: dict[str, Any], cfg: DictConfig, parent: CheckpointRef | None) -> None:

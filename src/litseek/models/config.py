@@ -121,8 +121,12 @@ class DeepSeekV3Config:
                 f"model.group_score_experts={score} must lie between 1 and the {self.n_routed_experts // self.n_group} "
                 "experts of a group"
             )
-        if self.aux_loss_alpha < 0:
-            raise ValueError(f"model.aux_loss_alpha={self.aux_loss_alpha} must not be negative")
+        for name in ("aux_loss_alpha", "initializer_range"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"model.{name}={getattr(self, name)} must not be negative")
+        for name in ("rms_norm_eps", "rope_theta", "routed_scaling_factor"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"model.{name}={getattr(self, name)} must be above 0")
 
     @property
     def qk_head_dim(self) -> int:
@@ -224,6 +228,9 @@ def _checked_scaling(scaling: Mapping[str, Any]) -> dict[str, Any] | None:
     if kind != "yarn":
         raise ValueError(f"model.rope_scaling.type={kind!r} is not supported: allowed is 'yarn', or rope_scaling=null")
     full["type"] = "yarn"
+    for key, value in full.items():
+        if key != "type" and (isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0):
+            raise ValueError(f"model.rope_scaling.{key}={value!r} must be a number of at least 0")
     if full["factor"] < 1:
         raise ValueError(f"model.rope_scaling.factor={full['factor']} must be at least 1")
     return full

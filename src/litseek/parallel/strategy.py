@@ -29,6 +29,7 @@ from litseek.errors import LitseekError
 from litseek.parallel import storage
 from litseek.parallel.executor import Executor, HeadLoss, StepResult
 
+RECOMPUTED = ("attend", "dispatch", "experts", "combine", "all")
 BUCKET = 2**24
 """Gradient elements that one all-reduce carries: 64 MB of float32."""
 
@@ -51,6 +52,9 @@ class LitseekStrategy(ParallelStrategy):
         **plugins: Any,
     ) -> None:
         super().__init__(**plugins)
+        for name in recompute:
+            if name not in RECOMPUTED:
+                raise ValueError(f"strategy.recompute names '{name}': allowed are {', '.join(RECOMPUTED)}.")
         self.num_chunks, self.recompute = chunks, tuple(recompute)
         self.backend, self.timeout = backend, timedelta(seconds=timeout_s)
         self.num_nodes = 1

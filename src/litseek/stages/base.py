@@ -109,6 +109,10 @@ class StageModule(pl.LightningModule):
 
     def check(self) -> None:
         """Settings that contradict each other."""
+        if not isinstance(self.batch, (int, BatchRamp)):
+            raise ValueError(f"stage.batch={self.batch} must be a number of sequences or a BatchRamp.")
+        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed={self.seed} must be an integer from 0 to {2**32 - 1}.")
         sizes = [self.batch] if isinstance(self.batch, int) else [self.batch.start, self.batch.end]
         if self.micro_batch < 1 or min(sizes) < 1:
             raise ValueError(f"stage.batch={min(sizes)} and stage.micro_batch={self.micro_batch} must be at least 1.")
