@@ -218,6 +218,10 @@ def test_damage_is_found_before_anything_is_written(tmp_path):
     file.write_bytes(file.read_bytes()[:-3])
     with pytest.raises(LitseekError, match=f"{file.name} is damaged or truncated"):
         convert(str(source), str(tmp_path / "target"))
+    for path in source.glob("*.safetensors"):
+        path.unlink()
+    with pytest.raises(LitseekError, match=r"the shard .* is missing"):
+        convert(str(source), str(tmp_path / "target"))
     path = checkpoint(tmp_path / "run", tiny())
     (path / "state.json").write_text("{")
     with pytest.raises(LitseekError, match=r"state\.json"):

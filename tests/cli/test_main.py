@@ -62,7 +62,7 @@ def test_help_of_each_command(capsys: pytest.CaptureFixture[str], command: str) 
         (["train", "stage.batch=[4,8]"], 1, "stage.batch=[4, 8] must be a number of sequences"),
         (["train", "strategy.recompute=[atend]"], 1, "strategy.recompute names 'atend': allowed are attend, dispatch"),
         (["train", "seed=-1"], 1, "seed=-1 must be an integer from 0"),
-        (["train", "model.rms_norm_eps=-1"], 1, "model.rms_norm_eps=-1 must be above 0."),
+        (["train", "model.rms_norm_eps=-1"], 1, "model.rms_norm_eps=-1 must be a number"),
         (["train", "model.rope_scaling={factor:abc}"], 1, "model.rope_scaling.factor='abc' must be a number"),
         (["generate", "checkpoint=nowhere", "max_tokens=4.5"], 2, "max_tokens=4.5 is not an integer."),
         (["train", "trainer.precision=16-mixed", "preset=smoke"], 1, "precision"),

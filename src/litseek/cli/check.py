@@ -123,7 +123,7 @@ def check_call(path: str, node: dict[str, Any]) -> None:
 
 def check_values(target: Any, given: dict[str, tuple[str, Any]]) -> None:
     """Numbers, texts and truth values against the annotations of `target`; `given`: full name -> (argument, value)."""
-    kinds = annotations(target)
+    kinds = kinds_of(target)
     for name, (key, value) in given.items():
         if key in kinds and (wanted := _mismatch(value, kinds[key])):
             found = "null" if value is None else repr(value)
@@ -131,7 +131,7 @@ def check_values(target: Any, given: dict[str, tuple[str, Any]]) -> None:
 
 
 @functools.cache
-def annotations(target: Any) -> dict[str, tuple[Any, ...]]:
+def kinds_of(target: Any) -> dict[str, tuple[Any, ...]]:
     """The types that each argument may have; arguments whose annotation cannot be told are left out."""
     calls = (
         [vars(c)["__init__"] for c in target.__mro__[:-1] if "__init__" in vars(c)] if inspect.isclass(target) else []

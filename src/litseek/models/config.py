@@ -121,12 +121,13 @@ class DeepSeekV3Config:
                 f"model.group_score_experts={score} must lie between 1 and the {self.n_routed_experts // self.n_group} "
                 "experts of a group"
             )
-        for name in ("aux_loss_alpha", "initializer_range"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"model.{name}={getattr(self, name)} must not be negative")
+        for name in ("aux_loss_alpha", "initializer_range", "rms_norm_eps", "rope_theta", "routed_scaling_factor"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
+                raise ValueError(f"model.{name}={value!r} must be a number that is not negative")
         for name in ("rms_norm_eps", "rope_theta", "routed_scaling_factor"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"model.{name}={getattr(self, name)} must be above 0")
+            if getattr(self, name) == 0:
+                raise ValueError(f"model.{name}=0 must be above 0")
 
     @property
     def qk_head_dim(self) -> int:

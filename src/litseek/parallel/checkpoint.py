@@ -16,6 +16,7 @@ from litseek.errors import LitseekError
 from litseek.models.config import DeepSeekV3Config
 from litseek.models.hf import load_pretrained
 from litseek.models.hf_config import config_from_json, read_json
+from litseek.models.hf_files import INDEX
 from litseek.models.transformer import Transformer, build
 from litseek.parallel import storage
 
@@ -84,7 +85,7 @@ def resolve_checkpoint(path: str | Path) -> CheckpointRef:
     finished = [name for name in STAGES if (folder / name / "receipt.json").is_file()]
     if finished:
         return resolve_checkpoint(folder / finished[-1])
-    if (folder / storage.CONFIG).is_file() and any(folder.glob("*.safetensors")):
+    if (folder / storage.CONFIG).is_file() and (any(folder.glob("*.safetensors")) or (folder / INDEX).is_file()):
         config = config_from_json(read_json(folder / storage.CONFIG), folder / storage.CONFIG)
         return CheckpointRef(folder, True, config)
     begun = [name for name in STAGES if (folder / name).is_dir()]
