@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import os
 import platform
 import subprocess
 import time
@@ -21,6 +20,7 @@ import yaml
 import litseek
 from litseek import __version__
 from litseek.errors import LitseekError
+from litseek.parallel.storage import replace_text
 
 RECEIPT, SESSION, CONFIG = "receipt.json", "session.json", "config.yaml"
 
@@ -110,16 +110,7 @@ def write_receipt(
 
 def write_json(path: Path, content: Any) -> None:
     """All of it or nothing."""
-    fresh = path.with_name(f".{path.name}.new")
-    try:
-        with fresh.open("w", encoding="utf-8") as stream:
-            json.dump(content, stream, indent=2)
-            stream.flush()
-            os.fsync(stream.fileno())
-        fresh.replace(path)
-    except OSError as error:
-        fresh.unlink(missing_ok=True)
-        raise LitseekError(f"{path}: could not be written ({error.strerror or error}).") from error
+    replace_text(path, json.dumps(content, indent=2))
 
 
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:

@@ -174,6 +174,20 @@ def keep_newest(checkpoints: Path, keep: int) -> None:
             remove(path)
 
 
+def replace_text(path: Path, text: str) -> None:
+    """All of the text or nothing. Raises LitseekError naming the file."""
+    fresh = path.with_name(f".{path.name}.new")
+    try:
+        with fresh.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        fresh.replace(path)
+    except OSError as error:
+        fresh.unlink(missing_ok=True)
+        raise LitseekError(f"{path}: could not be written ({error.strerror or error}).") from error
+
+
 def random_state() -> dict[str, Any]:
     """Generators of this process: python, numpy, torch and, where there are GPUs, theirs."""
     version, internal, gauss = random.getstate()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
+
+from litseek.parallel.storage import replace_text
 
 
 def judge(stage: Any, accuracy: Any) -> dict[str, float]:
@@ -14,9 +17,14 @@ def judge(stage: Any, accuracy: Any) -> dict[str, float]:
     stage.model.train()
     tally.sums.copy_(strategy.sum(tally.sums.to(stage.device)))
     if strategy.is_global_zero:
-        path = stage.checkpoints.parent / "samples.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            for sample in tally.samples:
-                file.write(json.dumps({"step": stage.step, **sample}, ensure_ascii=False) + "\n")
+        _append(stage.checkpoints.parent / "samples.jsonl", stage.step, tally.samples)
     return tally.metrics()
+
+
+def _append(path: Path, step: int, samples: list[dict[str, Any]]) -> None:
+    """Add this step's answers. Lines of it or of later steps are from before a kill, and go."""
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
+    kept = [line for line in lines if json.loads(line)["step"] < step]
+    added = [json.dumps({"step": step, **sample}, ensure_ascii=False) for sample in samples]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(path, "".join(f"{line}\n" for line in [*kept, *added]))

@@ -10,6 +10,7 @@ import torch
 from litseek.models.transformer import build
 from litseek.parallel.checkpoint import CheckpointRef
 from litseek.parallel.executor import Executor
+from litseek.parallel.storage import replace_text
 from litseek.stages.accuracy import judge
 from litseek.stages.base import StageModule
 from litseek.stages.scores import Scores
@@ -72,7 +73,7 @@ class Context(StageModule):
         if self.strategy.is_global_zero:
             path = self.checkpoints.parent / "loss_by_position.json"
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(self.by_position), encoding="utf-8")
+            replace_text(path, json.dumps(self.by_position))
         metrics = self.measured(scores, reduced=True)
         return metrics if self.accuracy is None else metrics | judge(self, self.accuracy)
 
