@@ -126,6 +126,12 @@ def test_an_unfinished_stage_is_said_to_be(tmp_path: Path):
     assert "Not finished, so without a receipt: SFT." in page
 
 
+def test_a_stage_that_was_set_aside_is_left_out(tmp_path: Path):
+    folder = fake_run(tmp_path / "demo", ("pretrain", "sft"))
+    (folder / "sft").rename(folder / "sft.replaced")
+    assert "sft.replaced" not in report_run(folder).read_text(encoding="utf-8")
+
+
 def test_bad_folders_are_named(tmp_path: Path):
     with pytest.raises(LitseekError, match="no such folder"):
         report_run(tmp_path / "none")

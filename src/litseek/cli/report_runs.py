@@ -67,7 +67,7 @@ def read_run(folder: Path) -> list[StageRun]:
         raise LitseekError(f"{folder}: no such folder; give a run folder such as runs/demo or experiments/<name>.")
     if is_stage(folder):
         return [read_stage(folder)]
-    found = {path.name: path for path in sorted(folder.iterdir()) if is_stage(path)}
+    found = {path.name: path for path in sorted(folder.iterdir()) if is_stage(path) and path.suffix != ".replaced"}
     if not found:
         names = ", ".join(sorted(p.name for p in folder.iterdir())) or "nothing"
         raise LitseekError(f"{folder}: no stage with a receipt.json or metrics.csv in it, found {names}.")
