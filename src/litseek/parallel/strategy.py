@@ -198,9 +198,12 @@ class LitseekStrategy(ParallelStrategy):
                 torch._foreach_copy_(bucket, [part.view_as(grad) for part, grad in zip(parts, bucket)])
         return grads
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+    def clear_gradients(self) -> None:
         for parameter in self._module.parameters():
             parameter.grad = None
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        self.clear_gradients()
         return super().training_step(*args, **kwargs)
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:

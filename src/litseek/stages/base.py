@@ -244,15 +244,19 @@ class StageModule(pl.LightningModule):
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        result = self.step_result
-        assert result is not None
-        if result.finite:
-            speed = at(self.balance_speed, self.tokens_seen)
-            for name, router in self.model.balance_routers().items():
-                if speed and name in result.loads:
-                    update_bias_(router.e_score_correction_bias, result.loads[name], speed)
+        assert self.step_result is not None
+        self.update_biases(self.step_result)
         self.step += 1
         self.consumed, self.tokens_seen = self._next
+
+    def update_biases(self, result: StepResult) -> None:
+        """Balance biases by the step's loads (report §2.1.2), unless the step is skipped."""
+        speed = at(self.balance_speed, self.tokens_seen)
+        if not result.finite or not speed:
+            return
+        for name, router in self.model.balance_routers().items():
+            if name in result.loads:
+                update_bias_(router.e_score_correction_bias, result.loads[name], speed)
 
     # -- validation ---------------------------------------------------------------------------------------------
 
