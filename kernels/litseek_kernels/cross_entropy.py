@@ -151,9 +151,7 @@ def _(logits_NV: Tensor, labels_N: Tensor, ignore: int, scale: float) -> tuple[T
 
 
 @torch.library.custom_op("litseek::cross_entropy_backward", mutates_args=("logits_NV",))
-def _backward_op(
-    logits_NV: Tensor, labels_N: Tensor, lse_N: Tensor, grad_N: Tensor, ignore: int, scale: float
-) -> None:
+def _backward_op(logits_NV: Tensor, labels_N: Tensor, lse_N: Tensor, grad_N: Tensor, ignore: int, scale: float) -> None:
     if not runs_kernel(logits_NV):
         ref.cross_entropy_backward_(logits_NV, labels_N, lse_N, grad_N, ignore, scale)
     else:
