@@ -1,6 +1,8 @@
-"""One AdamW step of one tensor in plain torch: specification and oracle of the faster ways."""
+"""One AdamW step of one tensor, and the norm of many, in plain torch: specification and oracle of the faster ways."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -36,3 +38,11 @@ def adamw_(
     bias1, bias2 = 1 - beta1**step, 1 - beta2**step
     denominator = torch.sqrt(square).div_(bias2**0.5).add_(eps)
     param.mul_(1 - lr * weight_decay).addcdiv_(mean, denominator, value=-lr / bias1)
+
+
+def l2_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """Euclidean norm over all elements: the norm of the tensors' norms. 0 without tensors."""
+    if not tensors:
+        return torch.zeros(())
+    norms = torch._foreach_norm(list(tensors), 2)
+    return torch.linalg.vector_norm(torch.stack([norm.to(tensors[0].device) for norm in norms]))
