@@ -56,9 +56,9 @@ def _update(
     FULL: tl.constexpr = 16 if WHOLE else 0
     PART: tl.constexpr = HALF if WHOLE else 0
     param_ptr = _address(row, 0, tl.float32, first, FULL)
-    grad_ptr = _address(row, 1, GRAD, first, FULL if GRAD == tl.float32 else PART)
-    mean_ptr = _address(row, 2, MOMENT, first, FULL if MOMENT == tl.float32 else PART)
-    square_ptr = _address(row, 3, MOMENT, first, FULL if MOMENT == tl.float32 else PART)
+    grad_ptr = _address(row, 1, GRAD, first, FULL if tl.float32 == GRAD else PART)
+    mean_ptr = _address(row, 2, MOMENT, first, FULL if tl.float32 == MOMENT else PART)
+    square_ptr = _address(row, 3, MOMENT, first, FULL if tl.float32 == MOMENT else PART)
     copy_ptr = _address(row, 4, tl.bfloat16, first, PART)
     for start in range(0, CHUNK, BLOCK):
         i = start + tl.arange(0, BLOCK)
@@ -82,7 +82,7 @@ def _update(
         square = tl.fma(grad * weight2, grad, square * beta2)
         denominator = tl.div_rn(tl.sqrt_rn(square), root) + eps
         param = param * keep + tl.div_rn(mean * rate, denominator)
-        if MOMENT == tl.bfloat16:
+        if tl.bfloat16 == MOMENT:
             new_mean, new_square = _bf16(mean, INTERPRET), _bf16(square, INTERPRET)
         else:
             new_mean, new_square = mean, square
@@ -315,8 +315,7 @@ class MultiNorm:
         parts = []
         for dtype, alike in kinds.items():
             addresses = self._addresses.setdefault(dtype, Addresses(NORM_CHUNK))
-            rows = [(0, t.data_ptr(), 0, 0, 0, t.numel(), int(t.data_ptr() % 16 == 0), 0) for t in alike]
-            parts.append((dtype, addresses, addresses.find(rows, device)))
+            parts.append((dtype, addresses, addresses.find([_place(t) for t in alike], device)))
         total = sum(blocks for _, _, blocks in parts)
         partial = torch.empty(total, dtype=torch.float32, device=device)
         norm = torch.empty((), dtype=torch.float32, device=device)
@@ -346,7 +345,13 @@ def l2_norm_and_finite(tensors: Iterable[Tensor], norm: MultiNorm | None = None)
     return value, value.isfinite()
 
 
-def _row(param: Tensor, grad: Tensor, mean: Tensor, square: Tensor, copy: Tensor | None, step: Tensor) -> tuple[int, ...]:
+def _place(grad: Tensor) -> tuple[int, ...]:
+    return (0, grad.data_ptr(), 0, 0, 0, grad.numel(), int(grad.data_ptr() % 16 == 0), 0)
+
+
+def _row(
+    param: Tensor, grad: Tensor, mean: Tensor, square: Tensor, copy: Tensor | None, step: Tensor
+) -> tuple[int, ...]:
     places = [param.data_ptr(), grad.data_ptr(), mean.data_ptr(), square.data_ptr()]
     places.append(0 if copy is None else copy.data_ptr())
     aligned = all(place % 16 == 0 for place in places)

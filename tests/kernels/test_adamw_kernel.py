@@ -86,7 +86,9 @@ def test_on_a_gpu_the_steps_are_bit_equal_to_the_cpu(moments):
         given = state.gradients(torch.float32)
         state.reference(given, count)
         state.step(given)
-    assert same([t.cpu() for t in (*state.params, *state.m, *state.v)], [*state.wanted, *state.wanted_m, *state.wanted_v])
+    assert same(
+        [t.cpu() for t in (*state.params, *state.m, *state.v)], [*state.wanted, *state.wanted_m, *state.wanted_v]
+    )
 
 
 def test_a_step_that_is_not_finite_changes_nothing(device):
