@@ -19,11 +19,24 @@ def magnitude(x):
 
 
 @triton.jit
+def divide(x, y, inverse):
+    """x / y rounded as IEEE has it, where ``inverse`` is 1 / y rounded so: three instructions, no branch (Markstein).
+
+    Holds while y and inverse are normal and x / y does not overflow; where x / y is tiny its last bits may differ.
+    """
+    if INTERPRET:  # its fma rounds twice
+        return tl.div_rn(x, y)
+    else:
+        quotient = x * inverse
+        return tl.fma(tl.fma(-quotient, y, x), inverse, quotient)
+
+
+@triton.jit
 def tile_scale(bits, POWER_OF_TWO: tl.constexpr):
     """Scale of a tile and the factor that makes codes, from its largest ``magnitude``; NaN where that is not finite."""
     amax = tl.maximum(bits, 0x38D1B717).to(tl.float32, bitcast=True)  # 1e-4
     limit = tl.full(amax.shape, 448.0, tl.float32)
-    scale = tl.div_rn(amax, limit)
+    scale = divide(amax, limit, 1.0 / 448.0)
     if POWER_OF_TWO:
         exponent = (scale.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000
         scale = exponent.to(tl.float32, bitcast=True)

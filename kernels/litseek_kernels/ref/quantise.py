@@ -23,13 +23,13 @@ def quantise_block(weight_MN: Tensor, block: int = BLOCK) -> tuple[Tensor, Tenso
     """Codes (M, N) float8_e4m3fn and scales (ceil(M/block), ceil(N/block)) float32: weight ~ code * scale.
 
     Scale = max |w| of the block / 448, taken in float32; edge blocks are padded with zeros. Values are clamped to
-    +-448 before the cast, whose own overflow differs between torch versions. A block with NaN or Inf yields NaN codes.
+    +-448 before the cast, whose own overflow differs between torch versions. A block with NaN or Inf has only NaN codes.
     """
     assert weight_MN.ndim == 2, f"a matrix is wanted, got shape {tuple(weight_MN.shape)}"
     M, N = weight_MN.shape
     tiles = _tiles(weight_MN.float(), block)
     amax = tiles.abs().amax(dim=(1, 3)).clamp_min(AMAX_FLOOR)
-    scale = amax / torch.full_like(amax, E4M3_MAX)  # by a tensor: CUDA divides by a number through its reciprocal
+    scale, _ = tile_scale(amax)
     codes = (tiles / scale[:, None, :, None]).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
     return _untiled(codes, M, N), scale
 
@@ -52,7 +52,7 @@ def tile_scale(amax: Tensor, power_of_two: bool = False) -> tuple[Tensor, Tensor
     Where amax is not finite both are NaN, so that the whole tile is.
     """
     amax = amax.float().clamp_min(AMAX_FLOOR)
-    limit = torch.full_like(amax, E4M3_MAX)
+    limit = torch.full_like(amax, E4M3_MAX)  # a tensor: CUDA divides by a number through its rounded reciprocal
     scale, inverse = amax / limit, limit / amax
     if power_of_two:
         mantissa, exponent = torch.frexp(scale)  # mantissa in [0.5, 1)
