@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from litseek_kernels.ref.permute import permute, sort_by_expert, unpermute
+from litseek_kernels.permute import permute, sort_by_expert, unpermute
 from torch import Tensor
 
 
@@ -39,8 +39,8 @@ class LocalDispatcher:
 
     def dispatch(self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> tuple[Tensor, Tensor, Plan]:
         """rows (T * K, D) sorted by expert, count_E, plan."""
-        order_R, inverse_R, count_E = sort_by_expert(expert_TK, self.num_experts)
-        return permute(x_TD, order_R, inverse_R), count_E, Plan(weight_TK, (order_R, inverse_R))
+        order_R, inverse_TK, count_E = sort_by_expert(expert_TK, self.num_experts)
+        return permute(x_TD, order_R, inverse_TK), count_E, Plan(weight_TK, (order_R, inverse_TK))
 
     def combine(self, rows_RD: Tensor, plan: Plan) -> Tensor:
         """(T, D): the sum over a token's experts, times the gate's weights."""

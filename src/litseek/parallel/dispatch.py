@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from litseek_kernels.ref.permute import permute, sort_by_expert, unpermute
+from litseek_kernels.permute import permute, sort_by_expert, unpermute
 from torch import Tensor
 
 from litseek.models.dispatch import Plan
@@ -33,27 +33,27 @@ class AllToAllDispatcher:
 
     def dispatch(self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> tuple[Tensor, Tensor, Plan]:
         """rows for this rank's experts, sorted by expert; count_L; plan."""
-        order_R, inverse_R, count_E = sort_by_expert(expert_TK, self.num_experts)
+        order_R, inverse_TK, count_E = sort_by_expert(expert_TK, self.num_experts)
         count_WL = torch.empty_like(count_E)  # how many rows each rank sends to each of ours
         dist.all_to_all_single(count_WL, count_E, group=self.group)
         count_WL = count_WL.view(self.world, self.num_local)
         sent, received = torch.stack([count_E.view(self.world, -1).sum(1), count_WL.sum(1)]).tolist()
 
-        rows = _AllToAll.apply(permute(x_TD, order_R, inverse_R), sent, received, self.group)
+        rows = _AllToAll.apply(permute(x_TD, order_R, inverse_TK), sent, received, self.group)
         expert_R = torch.arange(self.num_local, device=x_TD.device).repeat(self.world)
         expert_R = expert_R.repeat_interleave(count_WL.flatten(), output_size=sum(received))
         by_expert_R = expert_R.argsort(stable=True)
-        plan = Plan(weight_TK, (order_R, inverse_R, by_expert_R, sent, received))
+        plan = Plan(weight_TK, (order_R, inverse_TK, by_expert_R, sent, received))
         return rows[by_expert_R], count_WL.sum(0), plan
 
     def combine(self, rows_RD: Tensor, plan: Plan) -> Tensor:
         """(T, D): rows back to the ranks that sent them, and there the sum over a token's experts, weighted."""
         assert plan.weight is not None, "the plan came without its weights"
-        order_R, inverse_R, by_expert_R, sent, received = plan.detail
+        order_R, inverse_TK, by_expert_R, sent, received = plan.detail
         back = torch.empty_like(by_expert_R)
         back[by_expert_R] = torch.arange(len(back), device=back.device)
         rows = _AllToAll.apply(rows_RD[back], received, sent, self.group)
-        return unpermute(rows, plan.weight, order_R, inverse_R)
+        return unpermute(rows, plan.weight, order_R, inverse_TK)
 
 
 class _AllToAll(torch.autograd.Function):
