@@ -65,6 +65,7 @@ def test_far_logits(device):
     assert relative_error(nll, want) <= 2e-6 and relative_error(logits, want_grad) <= 1e-3
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_what_is_not_finite_is_seen(bad, device):
     logits, labels = case(4, 50, torch.bfloat16, device)
