@@ -14,6 +14,7 @@ from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
@@ -96,6 +97,11 @@ def compose(command: str, overrides: tuple[str, ...], sweep: list[str] | None = 
         with open_dict(cfg):  # resolved, since their interpolations start at their own root
             cfg.jobs = {stage: OmegaConf.to_container(job, resolve=True) for stage, job in stages.items()}
     return Composed(cfg, overrides, choices, title=" ".join(o for o in overrides if key_of(o) in (sweep or ())))
+
+
+def make(node: DictConfig, **extra: Any) -> Any:
+    """The node's object. `extra` goes past Hydra, which would take a dataclass apart."""
+    return instantiate(node, _convert_="all", _partial_=True)(**extra)
 
 
 def _check(cfg: DictConfig, about: str) -> None:

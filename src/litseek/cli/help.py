@@ -6,7 +6,7 @@ import re
 
 from omegaconf import OmegaConf
 
-from litseek.cli.compose import arms, conf_dir
+from litseek.cli.compose import STAGED, arms, conf_dir
 from litseek.cli.errors import Usage
 
 EXAMPLES = """\
@@ -18,6 +18,7 @@ Examples
   litseek train -m experiment=balance/aux_free,balance/none seed=0,1,2
   litseek generate checkpoint=runs/demo prompt="3 + 4 ="
   litseek report runs/demo
+  litseek bench what=step model=yardstick precisions=[bf16] batch=[8]
 """
 
 RULES = """\
@@ -34,6 +35,10 @@ Any other setting goes to every stage; a stage's name before it keeps it to that
     "train": """\
 Runs into <run_dir>/<stage>. The same command again goes on from the last checkpoint, or says that the stage is finished.
 Default run_dir: runs/<preset or model>; an experiment arm goes to runs/<folder>/<arm>/seed=<n>.
+""",
+    "bench": """\
+what=step: the training step on random tokens, and the peers of vs=[torchtitan,transformers] after it. what=slice: MoE blocks of
+the 671B's widths. what=profile: where the step's time goes, against each part's floor. what=kernels: kernels/bench.
 """,
 }
 
@@ -54,7 +59,7 @@ def command(name: str, line: str) -> str:
         raise Usage(f"{root} is missing: the installation is incomplete.")
     defaults = OmegaConf.to_container(OmegaConf.load(root)).get("defaults", [])  # type: ignore[union-attr]
     groups = [f"  {group:<11}{choices(group)}" for entry in defaults if isinstance(entry, dict) for group in entry]
-    if groups:
+    if groups and name in STAGED:
         groups.append(f"  {'experiment':<11}{' '.join(arms())}")
     keys = [f"  {text}" for text in root.read_text().split("\n") if re.match(r"\w+:.*\S", text) and text != "defaults:"]
     parts = [

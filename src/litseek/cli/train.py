@@ -12,11 +12,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 import wandb
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from litseek.callbacks import MetricsCSV
 from litseek.cli import receipt as receipts
+from litseek.cli.compose import make
 from litseek.cli.folder import Attempt, begin, finished, is_zero, say
 from litseek.parallel.checkpoint import CheckpointRef, load_weights, resolve_checkpoint
 
@@ -89,11 +89,6 @@ def prepare(objects: dict[str, Any], cfg: DictConfig, parent: CheckpointRef | No
         load_weights(objects["stage"], parent)
     if is_zero():
         objects["stage"].prepare_data()
-
-
-def make(node: DictConfig, **extra: Any) -> Any:
-    """The node's object. `extra` goes past Hydra, which would take a dataclass apart."""
-    return instantiate(node, _convert_="all", _partial_=True)(**extra)
 
 
 def _fit(

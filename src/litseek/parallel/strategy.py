@@ -147,12 +147,11 @@ class LitseekStrategy(ParallelStrategy):
     @property
     def executor(self) -> Executor:
         if self._executor is None:
-            chosen = set(self.recompute)
             assert self.lightning_module is not None
             self._executor = Executor(
                 self.lightning_module.phases(),  # type: ignore[operator]  # a stage may leave phases out
                 self.num_chunks,
-                recompute=lambda name: "all" in chosen or name.rpartition(".")[2] in chosen,
+                recompute=recomputed(self.recompute),
             )
         return self._executor
 
@@ -306,6 +305,11 @@ class LitseekStrategy(ParallelStrategy):
         values = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
+
+
+def recomputed(names: Sequence[str]) -> Callable[[str], bool]:
+    """Whether a phase runs again in backward, by its name: "layers.3.attend" is named by "attend" and by "all"."""
+    return lambda name: "all" in names or name.rpartition(".")[2] in names
 
 
 def _buckets(grads: list[Tensor]) -> list[list[Tensor]]:
