@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch._functorch.config as functorch
 from litseek_kernels.ref import rmsnorm as ref
 from litseek_kernels.rmsnorm import add_rmsnorm, rmsnorm
 from litseek_kernels.testing import median_ms
@@ -19,44 +20,51 @@ SHAPES = ((32768, 1536), (32768, 768), (32768, 512), (8192, 7168), (8192, 1536))
 EPS = 1e-6
 
 
-def rows() -> Iterator[dict]:
+def rows() -> Iterator[dict[str, Any]]:
+    functorch.donated_buffer = False  # else compiled backward passes cannot be repeated
     for shape in SHAPES:
-        x, delta, dy = (torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
-        weight = torch.rand(shape[1], device="cuda", requires_grad=True)
-        compiled = torch.compile(ref.rmsnorm, dynamic=False)
-        added = torch.compile(ref.add_rmsnorm, dynamic=False)
-        for name, norm in (("litseek", rmsnorm), ("torch eager", ref.rmsnorm), ("torch compiled", compiled)):
-            yield from pair("rmsnorm", name, lambda f=norm: (f(x, weight, EPS),), (x, weight), (dy.detach(),), 2, 3)
-        both = (dy.detach(), torch.randn_like(dy.detach()))
-        for name, norm in (("litseek", add_rmsnorm), ("torch eager", ref.add_rmsnorm), ("torch compiled", added)):
-            yield from pair(
-                "add_rmsnorm", name, lambda f=norm: f(x, delta, weight, EPS), (x, delta, weight), both, 4, 4
-            )
+        yield from norms(*shape)
+
+
+def norms(tokens: int, width: int) -> Iterator[dict[str, Any]]:
+    x, delta = (torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+    weight = torch.rand(width, device="cuda", requires_grad=True)
+    dy, dtotal = torch.randn_like(x).detach(), torch.randn_like(x).detach()
+    compiled = torch.compile(ref.rmsnorm, dynamic=False), torch.compile(ref.add_rmsnorm, dynamic=False)
+    for name, norm, add in (
+        ("litseek", rmsnorm, add_rmsnorm),
+        ("torch eager", ref.rmsnorm, ref.add_rmsnorm),
+        ("torch compiled", *compiled),
+    ):
+        yield from pair("rmsnorm", name, lambda f=norm: f(x, weight, EPS), (x, weight), (dy,), (2, 3))  # type: ignore[misc]
+        both = dtotal, dy
+        yield from pair(
+            "add_rmsnorm",
+            name,
+            lambda f=add: f(x, delta, weight, EPS),  # type: ignore[misc]
+            (x, delta, weight),
+            both,
+            (4, 4),
+        )
 
 
 def pair(
     op: str,
     name: str,
-    forward: Callable[[], tuple[Tensor, ...]],
+    forward: Callable[[], Any],
     inputs: tuple[Tensor, ...],
     seeds: tuple[Tensor, ...],
-    forward_crossings: int,
-    backward_crossings: int,
+    crossings: tuple[int, int],
 ) -> Iterator[dict[str, Any]]:
+    """Forward, then backward; ``crossings`` are the tensors of x's size that each must read or write."""
     outputs = forward()
-    for kind, crossings, ms in (
-        ("forward", forward_crossings, median_ms(forward)),
-        (
-            "backward",
-            backward_crossings,
-            median_ms(lambda: torch.autograd.grad(outputs, inputs, seeds, retain_graph=True)),
-        ),
-    ):
+    ms = median_ms(forward), median_ms(lambda: torch.autograd.grad(outputs, inputs, seeds, retain_graph=True))
+    for kind, took, count in zip(("forward", "backward"), ms, crossings):
         yield {
             "op": f"{op} {kind}",
             "shape": "x".join(map(str, inputs[0].shape)),
             "implementation": name,
-            "ms": ms,
-            "value": crossings * inputs[0].nbytes / ms / 1e6,
+            "ms": took,
+            "value": count * inputs[0].nbytes / took / 1e6,
             "unit": "GB/s",
         }
