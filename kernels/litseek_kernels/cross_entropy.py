@@ -125,13 +125,14 @@ def _launch(logits_NV, labels_N, nll_N, lse_N, grad_N, ignore, scale, loss: bool
     rows, vocab = logits_NV.shape
     if not rows:
         return
-    lanes = min(2048, triton.next_power_of_2(triton.cdiv(vocab, 8)))
+    # measured on H200 at 4096 x 129280: 0.71 ms for both, 0.26 for the loss alone; a device copy takes 0.50
+    lanes = min(2048 if gradient else 1024, triton.next_power_of_2(triton.cdiv(vocab, 8)))
     _cross_entropy[(rows,)](
         *(logits_NV, labels_N, nll_N, lse_N, grad_N, vocab, scale, ignore),
         LOSS=loss,
         GRADIENT=gradient,
         LANES=lanes,
-        num_warps=max(1, min(32, lanes // 64)),
+        num_warps=max(1, lanes // 128),
     )
 
 
