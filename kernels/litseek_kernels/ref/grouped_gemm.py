@@ -1,9 +1,13 @@
-"""Rows grouped by expert times that expert's matrix. Letters: R rows, E experts, F out, D in."""
+"""Rows grouped by expert times that expert's matrix. Letters: R rows, E experts, F (or N) out, D (or K) in."""
 
 from __future__ import annotations
 
+from itertools import groupby
+
 import torch
 from torch import Tensor
+
+TILE = 128
 
 
 @torch.compiler.disable
@@ -48,3 +52,46 @@ def _spans(counts: list[int]):
         if count:
             yield e, begin, begin + count
         begin += count
+
+
+def grouped_mm_fp8(
+    codes_RK: Tensor,
+    scale_kR: Tensor,
+    weight_ENK: Tensor,
+    weight_scale_Enk: Tensor,
+    tile_expert: Tensor,
+    *,
+    out_dtype: torch.dtype = torch.bfloat16,
+    compact: tuple[Tensor, Tensor, int] | None = None,
+    compute: torch.dtype = torch.float32,
+) -> Tensor:
+    """Every tile of 128 rows times its expert's matrix: 128 of K at a time, each product scaled and added in ``compute``.
+
+    ``compute=float64`` gives the oracle. Tiles of no expert (-1) come out as zeros. Owners are read on the host.
+    """
+    K, N = codes_RK.shape[1], weight_ENK.shape[1]
+    full = torch.zeros(codes_RK.shape[0], N, dtype=compute, device=codes_RK.device)
+    for e, begin, end in _runs(tile_expert.tolist()):
+        rows, weight = codes_RK[begin:end].to(compute), weight_ENK[e].to(compute)
+        scale_Nk = weight_scale_Enk[e].to(compute).repeat_interleave(TILE, 0)[:N]
+        scale_Rk = scale_kR[:, begin:end].to(compute).t()
+        for k in range(scale_Nk.shape[1]):
+            at = slice(k * TILE, min(k * TILE + TILE, K))
+            full[begin:end] += (rows[:, at] @ weight[:, at].t()) * scale_Rk[:, k, None] * scale_Nk[:, k]
+    if compact is None:
+        return full.to(out_dtype)
+    tile_begin, tile_count, num_rows = compact
+    out = full.new_zeros(num_rows, N)
+    for tile, (begin, count) in enumerate(zip(tile_begin.tolist(), tile_count.tolist())):
+        out[begin : begin + count] = full[tile * TILE : tile * TILE + count]
+    return out.to(out_dtype)
+
+
+def _runs(owners: list[int]):
+    """(expert, first row, row after the last) of every stretch of tiles of one expert."""
+    tile = 0
+    for e, stretch in groupby(owners):
+        tiles = len(list(stretch))
+        if e >= 0:
+            yield e, tile * TILE, (tile + tiles) * TILE
+        tile += tiles
