@@ -67,7 +67,8 @@ def check(cfg: DictConfig) -> None:
     for key in ("batch", "precisions"):
         if not numbers(cfg, key):
             raise Usage(f"{key}=[] is empty: nothing would be measured.")
-    for name in cfg.precisions:
+    model = make(cfg.model)
+    for name in numbers(cfg, "precisions"):
         _precision(name)
     for batch in numbers(cfg, "batch"):
         micro = cfg.micro_batch or batch
@@ -81,9 +82,9 @@ def check(cfg: DictConfig) -> None:
             raise Usage.nearest(f"vs names '{name}'", name, PEERS)
         if cfg.what != "step":
             raise Usage(f"vs={list(cfg.vs)} goes with what=step only: peers have no what={cfg.what}.")
-        require(name)
+        require(name, model)
     pick_device(cfg.device)
-    make(cfg.model), make(cfg.optim), make(cfg.strategy)
+    make(cfg.optim), make(cfg.strategy)
 
 
 def numbers(cfg: DictConfig, key: str) -> list[Any]:

@@ -108,11 +108,11 @@ def floors(cfg: DeepSeekV3Config, precision: str, tokens: int, seq_len: int, rat
 
 
 def linear_widths(cfg: DeepSeekV3Config) -> int:
-    """Inputs and outputs of all dense Linear of a token: what is quantised of it."""
+    """Inputs and outputs of all dense Linear of a token, an input that two of them share once: what is quantised of it."""
     d, heads, q = cfg.hidden_size, cfg.num_attention_heads, cfg.q_lora_rank
     query, value = heads * cfg.qk_head_dim, heads * cfg.v_head_dim
     low_rank = d + query if q is None else d + 2 * q + query
-    latent = d + cfg.kv_lora_rank + cfg.qk_rope_head_dim
+    latent = cfg.kv_lora_rank + cfg.qk_rope_head_dim  # its input is the query's
     up = cfg.kv_lora_rank + heads * (cfg.qk_nope_head_dim + cfg.v_head_dim)
     attention = low_rank + latent + up + value + d
     moe_layers = cfg.num_hidden_layers - cfg.first_k_dense_replace

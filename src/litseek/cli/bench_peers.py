@@ -153,12 +153,17 @@ class Transformers(_Peer):
 PEERS: dict[str, type[_Peer]] = {"torchtitan": TorchTitan, "transformers": Transformers}
 
 
-def require(name: str) -> None:
-    """Errors: LitseekError when the peer's package is not installed."""
+def require(name: str, cfg: DeepSeekV3Config) -> None:
+    """Errors: LitseekError when the peer's package is not installed, or has no such model."""
     peer = PEERS[name]
     if importlib.util.find_spec(peer.package) is None:
         raise LitseekError(
             f"vs names {name}, which is not installed: pip install '{peer.package}' (written for {peer.version}), or leave it out."
+        )
+    if cfg.num_nextn_predict_layers:
+        raise LitseekError(
+            f"vs names {name}, which trains no MTP, but model.num_nextn_predict_layers={cfg.num_nextn_predict_layers}: "
+            "only 0 can be compared."
         )
 
 

@@ -36,7 +36,7 @@ RULES: tuple[tuple[str, str, str], ...] = (
     ("rest", r"embedding", r"aten::embedding"),
     (
         "permute, route",
-        r"permute|scatter|gather|index|sort|radix|topk|cumsum|bincount|histogram|scan_|dispatch|combine|choose_experts|_layout|(^|_)gate(_|$)",
+        r"permute|scatter|gather|(?<!with_)index|sort|radix|topk|cumsum|bincount|histogram|scan_|dispatch|combine|choose_experts|_layout|(^|_)gate(_|$)",
         r"permute|aten::(index|sort|argsort|topk|cumsum|bincount|scatter|gather|histc)|litseek::(gate|dispatch|combine|\w*layout)",
     ),
     (
@@ -46,7 +46,7 @@ RULES: tuple[tuple[str, str, str], ...] = (
     ),
     (
         "copies, casts",
-        r"memcpy|memset|copy|CatArray|FillFunctor|^triton_poi_fused_(_?(to_copy|t|transpose|view|clone|cat|zeros|slice|split|expand|permute)_?)+_\d+$",
+        r"memcpy|memset|copy_kernel|CatArray|FillFunctor|^triton_poi_fused_(_?(to_copy|t|transpose|view|clone|cat|zeros|slice|split|expand|permute)_?)+_\d+$",
         r"^aten::(copy_|_to_copy|to|clone|contiguous|fill_|zero_|cat)$",
     ),
     (

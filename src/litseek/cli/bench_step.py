@@ -99,8 +99,7 @@ class TrainingStep:
         result = strategy.forward_backward(stage.inputs(self.made.pop(0)), self._head_loss)
         with record_function("litseek: optimizer"):
             strategy.clip_gradients(stage.optim.clip)
-            if result.finite:
-                self.optimizer.step()
+            strategy.step(self.optimizer)
         stage.update_biases(result)
         self.done += 1
         return result.loss
