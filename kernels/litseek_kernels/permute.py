@@ -125,7 +125,7 @@ def _gather_sum_backward(
     if rows_RD.numel():
         _unpermute_backward_kernel[(T,)](
             grad_TD, rows_RD, weight_TK, inverse_TK, grad_rows, grad_weight, D, K,
-            min(triton.next_power_of_2(D), 1024), num_warps=4,
+            triton.next_power_of_2(K), min(triton.next_power_of_2(D), 512), num_warps=4,
         )  # fmt: skip
     else:
         grad_weight.zero_()  # rows of width 0
@@ -211,20 +211,24 @@ def _unpermute_backward_kernel(
     grad_weight_ptr,
     D,
     K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One token: its rows' gradients are its own times a weight, and the weight's is a dot product with the row."""
+    """One token: its rows' gradients are its own times a weight, and the weight's is a dot product with the row.
+
+    All rows of a piece at once, so that enough loads are in flight."""
     t = tl.program_id(0).to(tl.int64)
-    for k in tl.static_range(K):
-        row = tl.load(inverse_ptr + t * K + k).to(tl.int64)
-        weight = tl.load(weight_ptr + t * K + k).to(tl.float32)
-        dot = tl.zeros([BLOCK_D], tl.float32)
-        for start in range(0, D, BLOCK_D):
-            d = start + tl.arange(0, BLOCK_D)
-            grad = tl.load(grad_ptr + t * D + d, mask=d < D, other=0.0).to(tl.float32)
-            dot += grad * tl.load(rows_ptr + row * D + d, mask=d < D, other=0.0).to(tl.float32)
-            tl.store(grad_rows_ptr + row * D + d, (grad * weight).to(grad_rows_ptr.dtype.element_ty), mask=d < D)
-        tl.store(grad_weight_ptr + t * K + k, tl.sum(dot, 0).to(grad_weight_ptr.dtype.element_ty))
+    k = tl.arange(0, BLOCK_K)
+    row = tl.load(inverse_ptr + t * K + k, mask=k < K, other=0).to(tl.int64)[:, None]
+    weight = tl.load(weight_ptr + t * K + k, mask=k < K, other=0.0).to(tl.float32)[:, None]
+    dot = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    for start in range(0, D, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)[None, :]
+        live = (k < K)[:, None] & (d < D)
+        grad = tl.load(grad_ptr + t * D + d, mask=d < D, other=0.0).to(tl.float32)
+        dot += grad * tl.load(rows_ptr + row * D + d, mask=live, other=0.0).to(tl.float32)
+        tl.store(grad_rows_ptr + row * D + d, (grad * weight).to(grad_rows_ptr.dtype.element_ty), mask=live)
+    tl.store(grad_weight_ptr + t * K + k, tl.sum(dot, 1).to(grad_weight_ptr.dtype.element_ty), mask=k < K)
 
 
 @triton.jit

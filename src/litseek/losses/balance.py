@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import torch
+from litseek_kernels.ref.gate import balance_statistics
 from torch import Tensor
 
 
@@ -13,19 +13,18 @@ def sequence_balance(scores_BSE: Tensor, top_k: int) -> Tensor:
     balance bias and without the group limit, so it can differ from the experts that were really chosen.
     1 at perfect balance.
     """
-    return _balance(scores_BSE, top_k, over=(1,))
+    return balance_loss(*balance_statistics(scores_BSE, top_k), top_k, per_sequence=True)
 
 
 def batch_balance(scores_BSE: Tensor, top_k: int) -> Tensor:
     """The same with f and P over all tokens of the batch instead of each sequence (report §4.5.3)."""
-    return _balance(scores_BSE, top_k, over=(0, 1))
+    return balance_loss(*balance_statistics(scores_BSE, top_k), top_k, per_sequence=False)
 
 
-def _balance(scores_BSE: Tensor, top_k: int, over: tuple[int, ...]) -> Tensor:
-    num_experts = scores_BSE.shape[-1]
-    with torch.no_grad():
-        chosen_BSK = scores_BSE.topk(top_k, dim=-1).indices
-        hit_BSE = torch.zeros_like(scores_BSE).scatter_(-1, chosen_BSK, 1.0)
-        frequency = hit_BSE.mean(dim=over) * (num_experts / top_k)
-    probability = (scores_BSE / scores_BSE.sum(dim=-1, keepdim=True)).mean(dim=over)
-    return (frequency * probability).sum(dim=-1).mean()
+def balance_loss(share_BE: Tensor, probability_BE: Tensor, top_k: int, per_sequence: bool) -> Tensor:
+    """Either loss from what the gate counted: the part of a sequence's tokens that have an expert among their
+    ``top_k`` highest scores, and the mean of its part of a token's scores (P)."""
+    if not per_sequence:
+        share_BE, probability_BE = share_BE.mean(0, keepdim=True), probability_BE.mean(0, keepdim=True)
+    frequency_BE = share_BE * (share_BE.shape[-1] / top_k)
+    return (frequency_BE * probability_BE).sum(dim=-1).mean()

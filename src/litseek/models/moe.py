@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from litseek_kernels.ref.gate import choose_experts, count_experts, gate_weights
+from litseek_kernels.gate import gate
+from litseek_kernels.linear_float32 import linear_float32
 from torch import Tensor, nn
 
-from litseek.losses.balance import batch_balance, sequence_balance
+from litseek.losses.balance import balance_loss
 from litseek.models.config import DeepSeekV3Config
 from litseek.precision import Precision
 
@@ -38,26 +38,23 @@ class Router(nn.Module):
 
     def forward(self, u_BSD: Tensor) -> Routing:
         cfg = self.cfg
-        wide = torch.promote_types(u_BSD.dtype, torch.float32)
-        score_BSE = F.linear(u_BSD.to(wide), self.weight.to(wide)).sigmoid()
-        score_TE = score_BSE.flatten(0, 1)
-        expert_TK = choose_experts(
-            score_TE.detach(),
+        sequences = u_BSD.shape[0] if self.aux_weight and self.training else 0
+        chosen = gate(
+            linear_float32(u_BSD.flatten(0, 1), self.weight),
             self.e_score_correction_bias,
             cfg.num_experts_per_tok,
             cfg.n_group,
             cfg.topk_group,
             cfg.experts_per_group_score,
+            cfg.norm_topk_prob,
+            cfg.routed_scaling_factor,
+            sequences,
         )
-        weight_TK = gate_weights(score_TE, expert_TK, cfg.norm_topk_prob, cfg.routed_scaling_factor)
-        load_E = count_experts(expert_TK, cfg.n_routed_experts)
-        return Routing(expert_TK, weight_TK, load_E, self._balance_loss(score_BSE))
-
-    def _balance_loss(self, score_BSE: Tensor) -> Tensor | None:
-        if not self.aux_weight or not self.training:
-            return None
-        balance = sequence_balance if self.cfg.seq_aux else batch_balance
-        return self.aux_weight * balance(score_BSE, self.cfg.num_experts_per_tok)
+        aux = None
+        if sequences:
+            even = balance_loss(chosen.share_BE, chosen.probability_BE, cfg.num_experts_per_tok, cfg.seq_aux)
+            aux = self.aux_weight * even
+        return Routing(chosen.expert_TK, chosen.weight_TK, chosen.load_E, aux)
 
 
 class Experts(nn.Module):
@@ -70,10 +67,9 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * hidden, cfg.hidden_size))
         self.down_proj = nn.Parameter(torch.empty(experts, cfg.hidden_size, hidden))
 
-    def forward(self, rows_RD: Tensor, count_E: Tensor) -> Tensor:
-        """(R, D): each row through its expert; rows are sorted by expert."""
-        gate_up_RF = self.precision.grouped_mm(rows_RD, self.gate_up_proj, count_E)
-        return self.precision.grouped_mm(self.precision.swiglu(gate_up_RF), self.down_proj, count_E)
+    def forward(self, rows_RD: Tensor, count_E: Tensor, weight_R: Tensor | None = None) -> Tensor:
+        """(R, D): each row through its expert, times its gate's weight; rows are sorted by expert."""
+        return self.precision.experts(rows_RD, self.gate_up_proj, self.down_proj, count_E, weight_R)
 
 
 class SwiGLU(nn.Module):
@@ -87,7 +83,7 @@ class SwiGLU(nn.Module):
         self.down_proj = precision.linear(hidden, cfg.hidden_size)
 
     def forward(self, u: Tensor) -> Tensor:
-        return self.down_proj(self.precision.swiglu(torch.cat([self.gate_proj(u), self.up_proj(u)], dim=-1)))
+        return self.down_proj(self.precision.swiglu(self.gate_proj(u), self.up_proj(u)))
 
 
 class MoE(nn.Module):
