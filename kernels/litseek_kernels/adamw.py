@@ -22,7 +22,7 @@ from litseek_kernels.ref.adamw import l2_norm
 _FLOATS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _COLUMNS = tl.constexpr(8)
 """Of a table's row: parameter, gradient, two moments, copy, elements, aligned or not, step count."""
-CHUNK, BLOCK, WARPS, HALF = 16384, 1024, 4, 8
+CHUNK, BLOCK, WARPS, HALF = 4096, 1024, 4, 8
 """HALF: the bytes of a load of BF16; with 8 a thread has as many elements of it as of a 16-byte load of float32."""
 NORM_CHUNK, NORM_BLOCK, NORM_WARPS = 32768, 2048, 4
 

@@ -2,14 +2,10 @@
 
 import pytest
 import torch
-from litseek_kernels.ref.adamw import adamw_
 from torch import nn
 
-from litseek.optim import AdamWConfig, clip_grad_norm_, set_lr
+from litseek.optim import AdamWConfig, MuonConfig, clip_grad_norm_, set_lr
 from litseek.optim import adamw as module
-from litseek.optim.adamw import adamw_foreach_
-
-SETTING = (1e-2, 0.9, 0.95, 1e-8, 0.1)
 
 
 def parameters(seed=0):
@@ -59,26 +55,86 @@ def test_the_first_update_is_not_rounded():
     assert all(torch.equal(a, b) for (_, a), (_, b) in zip(bf16, fp32))
 
 
-@pytest.mark.parametrize("moments", [torch.bfloat16, torch.float32])
-def test_foreach_equals_the_reference_bit_for_bit(moments):
-    a, b = ([p.detach() for _, p in parameters()] for _ in range(2))
-    state = [[torch.zeros_like(p, dtype=moments) for p in a] for _ in range(4)]
-    steps = [0, 3, 7]
-    for step in range(1, 6):
-        grads = [torch.randn(p.shape, generator=torch.Generator().manual_seed(step)) for p in a]
-        counts = [s + step for s in steps]
-        adamw_foreach_(a, grads, state[0], state[1], counts, *SETTING)
-        for p, g, m, v, count in zip(b, grads, state[2], state[3], counts):
-            adamw_(p, g, m, v, count, *SETTING)
-    for left, right in zip([*a, *state[0], *state[1]], [*b, *state[2], *state[3]]):
-        assert torch.equal(left, right)
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
-def test_buckets_keep_order_and_size(monkeypatch):
-    monkeypatch.setattr(module, "BUCKET", 30)
-    sizes = [10, 10, 10, 1, 99, 5]
-    buckets = [[p.numel() for p in bucket] for _, bucket in module.buckets([torch.zeros(n) for n in sizes])]
-    assert buckets == [[10, 10, 10], [1], [99], [5]]
+def on(device):
+    return [(name, nn.Parameter(param.detach().to(device))) for name, param in parameters()]
+
+
+def step_with(optimizer, named, seed, **keys):
+    generator = torch.Generator().manual_seed(seed)
+    for _, param in named:
+        param.grad = torch.randn(param.shape, generator=generator).to(param.device)
+    optimizer.step(**keys)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("config", [AdamWConfig(lr=1e-2), MuonConfig(lr=1e-2)], ids=["adamw", "muon"])
+def test_the_copy_is_the_stepped_parameter_rounded(config, device):
+    named = on(device)
+    for _, param in named[:2]:
+        param.compute_copy = param.detach().bfloat16()
+    optimizer = config.build(named)
+    for seed in range(3):
+        before = [param.compute_copy.clone() for _, param in named[:2]]
+        step_with(optimizer, named, seed)
+        for (_, param), old in zip(named, before):
+            assert torch.equal(param.compute_copy, param.detach().bfloat16()) and not torch.equal(
+                param.compute_copy, old
+            )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("config", [AdamWConfig(lr=1e-2), MuonConfig(lr=1e-2)], ids=["adamw", "muon"])
+def test_a_step_that_is_not_finite_leaves_all_as_it_was(config, device):
+    named = on(device)
+    named[0][1].compute_copy = named[0][1].detach().bfloat16()
+    optimizer = config.build(named)
+    yes, no, scale = (torch.tensor(value, device=device) for value in (True, False, 1.0))
+    step_with(optimizer, named, 0, scale=scale, finite=yes)
+    kept = lambda: [p.detach() for _, p in named] + [v for s in optimizer.state.values() for v in s.values()]
+    before = [value.clone() for value in [*kept(), named[0][1].compute_copy]]
+    step_with(optimizer, named, 1, scale=scale * float("nan"), finite=no)
+    assert all(torch.equal(a, b) for a, b in zip(before, [*kept(), named[0][1].compute_copy]))
+    step_with(optimizer, named, 1, finite=yes)
+    assert {int(s["step"]) for s in optimizer.state.values()} == {2}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("config", [AdamWConfig(lr=1e-2), MuonConfig(lr=1e-2)], ids=["adamw", "muon"])
+def test_the_scale_is_as_if_the_gradients_were_multiplied(config, device):
+    one, other = on(device), on(device)
+    optimizer, plain = config.build(one), config.build(other)
+    scale = torch.tensor(0.3, device=device)
+    for seed in range(3):
+        step_with(optimizer, one, seed, scale=scale)
+        generator = torch.Generator().manual_seed(seed)
+        for _, param in other:
+            param.grad = torch.randn(param.shape, generator=generator).to(device) * scale
+        plain.step()
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(one, other))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("moments", ["bf16", "fp32"])
+def test_a_gpu_and_a_cpu_take_the_same_steps_and_each_others_state(moments):
+    """Parameters within 1e-6 after four steps, two of them from the other device's state."""
+    config, runs = AdamWConfig(lr=1e-2, moments=moments), {}
+    for device, other in (("cpu", "cuda"), ("cuda", "cpu")):
+        named = on(device)
+        optimizer = config.build(named)
+        for seed in range(2):
+            step_with(optimizer, named, seed)
+        moved = [(name, nn.Parameter(param.detach().to(other))) for name, param in named]
+        again = config.build(moved)
+        again.load_state_dict(optimizer.state_dict())
+        assert all(value.device.type == other for state in again.state.values() for value in state.values())
+        for seed in range(2, 4):
+            step_with(again, moved, seed)
+        runs[device] = [param.detach().cpu() for _, param in moved]
+    for a, b in zip(runs["cpu"], runs["cuda"]):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6 if moments == "fp32" else 1e-4)
 
 
 def test_norms_decay_unless_exempt():

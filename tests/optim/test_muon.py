@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from litseek.optim import MuonConfig
+from litseek.optim import muon as module
 from litseek.optim.muon import orthogonal
 
 
@@ -97,3 +98,10 @@ def test_resume_is_bit_equal(tmp_path):
     for seed in range(2, 4):
         step(named, second, seed)
     assert all(torch.equal(a, b) for (_, a), (_, b) in zip(straight, named))
+
+
+def test_buckets_keep_order_and_size(monkeypatch):
+    monkeypatch.setattr(module, "BUCKET", 30)
+    sizes = [10, 10, 10, 1, 99, 5]
+    buckets = [[p.numel() for p in bucket] for bucket in module.buckets([torch.zeros(n) for n in sizes])]
+    assert buckets == [[10, 10, 10], [1], [99], [5]]

@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
+from litseek.optim.adamw import refresh_copy
 from litseek.optim.ema import EMA
 
 
@@ -32,9 +33,8 @@ class WeightAverage(Callback):
         self.ema.wait_copied()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
-        result = pl_module.step_result
-        if result.finite and trainer.global_step % self.every == 0:
-            self.ema.update(averaged(pl_module.model))
+        if trainer.global_step % self.every == 0:
+            self.ema.update(averaged(pl_module.model), torch.as_tensor(pl_module.step_result.finite))
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         self.ema.wait()
@@ -71,3 +71,4 @@ def averaged(model: Any) -> dict[str, Tensor]:
 def _write(into: dict[str, Tensor], values: dict[str, Tensor]) -> None:
     for name, target in into.items():
         target.copy_(values[name])
+        refresh_copy(target)

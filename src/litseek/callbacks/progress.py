@@ -12,11 +12,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
+from litseek.callbacks.later import Later
+
 
 class Progress(ProgressBar):
     """A rich bar on a terminal; elsewhere a plain line on stderr every ``seconds``.
 
-    It is a Lightning progress bar, so that Lightning adds none of its own.
+    It is a Lightning progress bar, so that Lightning adds none of its own. The loss of a GPU is the newest one that has
+    arrived: the training does not wait for the bar.
     """
 
     def __init__(self, seconds: float = 30.0, refresh: float = 0.25):
@@ -26,6 +29,8 @@ class Progress(ProgressBar):
         self._bar: RichProgress | None = None
         self._task: TaskID | None = None
         self._shown = 0.0
+        self._later = Later()
+        self._loss: float | None = None
 
     def disable(self) -> None:
         self._enabled = False
@@ -58,6 +63,7 @@ class Progress(ProgressBar):
         last = trainer.global_step == _total(trainer)
         if not self._enabled or not trainer.is_global_zero:
             return
+        self._read(pl_module.step_result, last)
         if self._bar is not None and self._task is not None:
             if now - self._shown >= self.refresh or last:
                 self._shown = now
@@ -100,10 +106,17 @@ class Progress(ProgressBar):
             parts.append(f"{int(left) // 60}:{int(left) % 60:02d} left")
         return "  ".join(parts)
 
+    def _read(self, result: Any, last: bool) -> None:
+        if result is None:
+            return
+        self._later.put(result.loss)
+        arrived = result.loss if last else self._later.get()
+        if arrived is not None:
+            self._loss = float(arrived)
+
     def _numbers(self, pl_module: Any, now: float) -> str:
-        result = pl_module.step_result
         rate = (pl_module.tokens_seen - self._first_tokens) / max(now - self._started, 1e-9)
-        loss = "" if result is None else f"loss {float(result.loss):.3f}  "
+        loss = "" if self._loss is None else f"loss {self._loss:.3f}  "
         return f"{loss}{_short(rate)} tokens/s"
 
 

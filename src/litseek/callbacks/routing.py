@@ -37,7 +37,9 @@ class RoutingStats(Callback):
         to_file = step % self.every == 0 or step == 1
         if not result.loads or not (to_log or to_file):
             return
-        loads = {_layer(name): load.detach().cpu() for name, load in result.loads.items()}
+        sizes = [len(load) for load in result.loads.values()]
+        fetched = torch.cat([load.detach() for load in result.loads.values()]).cpu().split(sizes)  # one wait for all
+        loads = dict(zip(map(_layer, result.loads), fetched))
         if to_log:
             for name, value in summary(list(loads.values())).items():
                 pl_module.log(f"routing/{name}", value)

@@ -40,7 +40,11 @@ class MicroBatch:
         return self.tokens.numel()
 
     def to(self, device: torch.device | str) -> MicroBatch:
+        """On ``device``; towards a GPU through pinned memory, as a copy from anywhere else makes the host wait."""
+        pin = torch.device(device).type == "cuda"
+
         def move(t: Tensor) -> Tensor:
+            t = t.contiguous().pin_memory() if pin and not t.is_cuda else t
             return t.to(device, non_blocking=True)
 
         return replace(

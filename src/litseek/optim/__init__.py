@@ -1,7 +1,7 @@
 """Optimizers, schedules, balance-bias update, clipping and the average of weights."""
 
 from litseek.optim.adamw import AdamW, AdamWConfig, set_lr
-from litseek.optim.balance import update_bias_
+from litseek.optim.balance import update_bias_, update_biases_
 from litseek.optim.clip import clip_grad_norm_, grad_norm
 from litseek.optim.ema import EMA
 from litseek.optim.muon import Muon, MuonConfig
@@ -20,4 +20,5 @@ __all__ = [
     "grad_norm",
     "set_lr",
     "update_bias_",
+    "update_biases_",
 ]

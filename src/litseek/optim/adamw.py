@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+from litseek_kernels.adamw import MultiAdamW
 from litseek_kernels.ref.adamw import adamw_
 from torch import Tensor, nn
 
 from litseek.optim.schedules import LRSchedule
 
 MOMENTS = {"bf16": torch.bfloat16, "fp32": torch.float32}
-BUCKET = 2**26
-"""Elements in one foreach call on a GPU: its float32 temporaries take three times this, 0.8 GB."""
 
 
 class AdamW(torch.optim.Optimizer):
     """AdamW whose parameters are the float32 masters; the moments are kept in ``moments``' dtype.
 
-    State per parameter: ``step`` (int64 scalar on the CPU), ``exp_avg`` and ``exp_avg_sq`` (the parameter's shape).
-    A group's ``lr`` is absolute; ``set_lr`` writes it before each step.
+    State per parameter, where the parameter is: ``step`` (int64 scalar), ``exp_avg`` and ``exp_avg_sq`` (its shape).
+    A group's ``lr`` is absolute; ``set_lr`` writes it before each step. A parameter's attribute ``compute_copy``, a BF16
+    tensor of its shape, holds the stepped parameter rounded to BF16 after a step. Float32 on a GPU.
     """
 
     def __init__(
@@ -34,6 +34,7 @@ class AdamW(torch.optim.Optimizer):
     ):
         super().__init__(params, dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay))
         self.moments = moments
+        self._many: dict[Tensor, MultiAdamW] = {}
 
     def materialise(self) -> None:
         """Make the state of every parameter now, so that a checkpoint has somewhere to load into."""
@@ -42,28 +43,38 @@ class AdamW(torch.optim.Optimizer):
                 self._state(param, group)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One step of every parameter that has a gradient; the others keep their state untouched."""
+    def step(  # type: ignore[override]
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        scale: Tensor | None = None,
+        finite: Tensor | None = None,
+    ) -> Any:
+        """One step of every parameter that has a gradient; the others keep their state untouched.
+
+        ``scale`` (float32 scalar) multiplies the gradients on their way in, ``finite`` (bool scalar) false leaves
+        parameters, copies and state as they were. On a GPU both are read there: the host waits for neither.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            self._step_group(group, [param for param in group["params"] if param.grad is not None])
+        if finite is None or finite.is_cuda or bool(finite):
+            for group in self.param_groups:
+                self._step_group(group, [p for p in group["params"] if p.grad is not None], scale, finite)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, which would widen the moments to the parameters' dtype: they are narrowed again, losslessly."""
         super().load_state_dict(state_dict)
-        for state in self.state.values():
+        for param, state in self.state.items():
             for key, value in state.items():
-                if key != "step":
-                    state[key] = value.to(self.moments)
+                state[key] = value.to(param.device) if key == "step" else value.to(self.moments)
 
     def _state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         state = self.state[param]
         if not state:
-            state["step"] = torch.zeros((), dtype=torch.int64)
+            state["step"] = torch.zeros((), dtype=torch.int64, device=param.device)
             for key in self._moments_of(group):
                 state[key] = torch.zeros_like(param, dtype=self.moments)
         return state
@@ -71,47 +82,51 @@ class AdamW(torch.optim.Optimizer):
     def _moments_of(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("exp_avg", "exp_avg_sq")
 
-    def _step_group(self, group: dict[str, Any], params: Sequence[Tensor]) -> None:
-        setting = (group["lr"], *group["betas"], group["eps"], group["weight_decay"])
-        for device, bucket in buckets(params):
-            states = [self._state(param, group) for param in bucket]
-            steps = [int(state["step"].add_(1)) for state in states]
-            grads = [param.grad for param in bucket if param.grad is not None]
-            exp_avgs, exp_avg_sqs = [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]
-            if device == "cuda":
-                adamw_foreach_(bucket, grads, exp_avgs, exp_avg_sqs, steps, *setting)
-            else:  # tensor by tensor stays in cache: twice as fast as foreach on 3M parameters
-                for row in zip(bucket, grads, exp_avgs, exp_avg_sqs, steps, strict=True):
-                    adamw_(*row, *setting)
+    def _step_group(
+        self, group: dict[str, Any], params: Sequence[Tensor], scale: Tensor | None, finite: Tensor | None
+    ) -> None:
+        if not params:
+            return
+        states = [self._state(param, group) for param in params]
+        setting = {key: group[key] for key in ("lr", "eps", "weight_decay")}
+        if params[0].is_cuda:
+            many = self._many.setdefault(group["params"][0], MultiAdamW())
+            many(
+                params,
+                [gradient(param).contiguous() for param in params],
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+                [state["step"] for state in states],
+                [compute_copy(param) for param in params],
+                betas=group["betas"],
+                scale=scale,
+                finite=finite,
+                **setting,
+            )
+            return
+        beta1, beta2 = group["betas"]
+        for param, state in zip(params, states):  # one by one stays in cache: foreach takes twice as long
+            grad = gradient(param) if scale is None else gradient(param) * scale
+            step = int(state["step"].add_(1))
+            adamw_(param, grad, state["exp_avg"], state["exp_avg_sq"], step, beta1=beta1, beta2=beta2, **setting)
+            refresh_copy(param)
 
 
-def adamw_foreach_(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    steps: list[int],
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-) -> None:
-    """``ref.adamw_`` over lists of tensors, operation by operation, with few launches."""
-    grads = [grad.to(param.dtype) for param, grad in zip(params, grads)]
-    means = [m.to(p.dtype) for p, m in zip(params, exp_avgs)]
-    squares = [v.to(p.dtype) for p, v in zip(params, exp_avg_sqs)]
-    torch._foreach_lerp_(means, grads, 1 - beta1)
-    torch._foreach_mul_(squares, beta2)
-    torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
-    if means[0] is not exp_avgs[0]:
-        torch._foreach_copy_(exp_avgs, means)
-        torch._foreach_copy_(exp_avg_sqs, squares)
-    denominators = torch._foreach_sqrt(squares)
-    torch._foreach_div_(denominators, [(1 - beta2**step) ** 0.5 for step in steps])
-    torch._foreach_add_(denominators, eps)
-    torch._foreach_mul_(params, 1 - lr * weight_decay)
-    torch._foreach_addcdiv_(params, means, denominators, [-lr / (1 - beta1**step) for step in steps])
+def gradient(param: Tensor) -> Tensor:
+    assert param.grad is not None
+    return param.grad
+
+
+def compute_copy(param: Tensor) -> Tensor | None:
+    """The BF16 tensor that products read in the parameter's place, if it has one."""
+    return getattr(param, "compute_copy", None)
+
+
+def refresh_copy(param: Tensor) -> None:
+    """After the parameter was written: its copy, if it has one, follows."""
+    copy = compute_copy(param)
+    if copy is not None:
+        copy.copy_(param)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -165,17 +180,3 @@ class AdamWConfig:
         decayed = [pair for pair in named if self.decay_norms or pair[1].ndim >= 2]
         groups: list[dict[str, Any]] = [{"params": decayed}, {"params": exempt, "weight_decay": 0.0}]
         return [group for group in groups if group["params"]]
-
-
-def buckets(params: Sequence[Tensor]) -> Iterator[tuple[str, list[Tensor]]]:
-    """Runs of parameters on one device, of at most ``BUCKET`` elements unless a single one is larger."""
-    bucket: list[Tensor] = []
-    size = 0
-    for param in params:
-        if bucket and (param.device != bucket[0].device or size + param.numel() > BUCKET):
-            yield bucket[0].device.type, bucket
-            bucket, size = [], 0
-        bucket.append(param)
-        size += param.numel()
-    if bucket:
-        yield bucket[0].device.type, bucket

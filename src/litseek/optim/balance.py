@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -14,5 +16,18 @@ def update_bias_(bias_E: Tensor, load_E: Tensor, speed: float) -> None:
     mean load the bias stays (the report leaves it open). Whole-number loads are compared exactly: a global batch
     holds more tokens than float32 can count.
     """
-    load_E = load_E.to(bias_E.device)
-    bias_E.add_(torch.sign(load_E.sum() - load_E * load_E.numel()).to(bias_E.dtype), alpha=speed)
+    update_biases_([bias_E], [load_E], speed)
+
+
+@torch.no_grad()
+def update_biases_(
+    biases: Sequence[Tensor], loads: Sequence[Tensor], speed: float, finite: Tensor | None = None
+) -> None:
+    """`update_bias_` of all layers (of E experts each) together; ``finite`` (bool scalar) false moves none of them."""
+    if not biases:
+        return
+    load_LE = torch.stack([load.to(bias.device) for bias, load in zip(biases, loads, strict=True)])
+    move_LE = torch.sign(load_LE.sum(1, keepdim=True) - load_LE * load_LE.shape[1])
+    if finite is not None:
+        move_LE = move_LE * finite
+    torch._foreach_add_(list(biases), [m.to(bias.dtype) for m, bias in zip(move_LE, biases)], alpha=speed)

@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
+from litseek_kernels.adamw import l2_norm_and_finite
 from torch import Tensor
 
 
 @torch.no_grad()
 def grad_norm(params: Iterable[Tensor]) -> Tensor:
     """Euclidean norm over all gradients that exist, float32; 0 without any."""
-    grads = [param.grad for param in params if param.grad is not None]
-    if not grads:
-        return torch.zeros(())
-    return torch.linalg.vector_norm(torch.stack([n.to(grads[0].device) for n in torch._foreach_norm(grads, 2)])).float()
+    norm, _ = l2_norm_and_finite(param.grad for param in params if param.grad is not None)
+    return norm.float()
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ class EMA:
         self.updates = 0
         self.average: dict[str, Tensor] = {}
         self._pinned: dict[str, Tensor] = {}
+        self._counts: Tensor | None = None
         self._stream: torch.cuda.Stream | None = None
         self._copied: torch.cuda.Event | None = None
         self._thread: ThreadPoolExecutor | None = None
@@ -39,16 +40,20 @@ class EMA:
             raise ValueError(f"the loaded average of weights and the model differ in '{name}'")
 
     @torch.no_grad()
-    def update(self, values: Mapping[str, Tensor]) -> None:
-        """Move the average towards ``values`` (the same names as at ``start``)."""
+    def update(self, values: Mapping[str, Tensor], finite: Tensor | None = None) -> None:
+        """Move the average towards ``values`` (the same names as at ``start``), unless ``finite`` (bool scalar) is false.
+
+        Values and flag of a GPU travel together: only the thread learns whether they count.
+        """
         self.wait()
-        self.updates += 1
         on_gpu = {name: value for name, value in values.items() if value.is_cuda}
-        self._add({name: value for name, value in values.items() if name not in on_gpu})
         if on_gpu:
-            copied = self._copy(on_gpu)
+            copied = self._copy(on_gpu, finite)
+            host = {name: value.detach().clone() for name, value in values.items() if name not in on_gpu}
             self._thread = self._thread or ThreadPoolExecutor(1, thread_name_prefix="ema")
-            self._pending = self._thread.submit(self._add_copied, copied)
+            self._pending = self._thread.submit(self._add_copied, copied, host)
+        elif finite is None or bool(finite):
+            self._add(values)
 
     def wait_copied(self) -> None:
         """Queue on the current stream: what follows may overwrite the values."""
@@ -72,7 +77,7 @@ class EMA:
         self.updates = state["updates"]
         self.average = {name: _host_copy(value) for name, value in average.items()}
 
-    def _copy(self, values: Mapping[str, Tensor]) -> torch.cuda.Event:
+    def _copy(self, values: Mapping[str, Tensor], finite: Tensor | None) -> torch.cuda.Event:
         device = next(iter(values.values())).device
         self._stream = self._stream or torch.cuda.Stream(device)
         self._stream.wait_stream(torch.cuda.current_stream(device))
@@ -81,16 +86,26 @@ class EMA:
                 if name not in self._pinned:
                     self._pinned[name] = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
                 self._pinned[name].copy_(value.detach(), non_blocking=True)
+            if self._counts is None:
+                self._counts = torch.empty(1, dtype=torch.bool, pin_memory=True)
+            if finite is None:
+                self._counts.fill_(True)
+            else:
+                if finite.is_cuda:
+                    finite.record_stream(self._stream)  # it may be freed before the copy has run
+                self._counts.copy_(finite.view(1), non_blocking=True)
             self._copied = torch.cuda.Event()
             self._copied.record(self._stream)
         return self._copied
 
     @torch.no_grad()
-    def _add_copied(self, copied: torch.cuda.Event) -> None:
+    def _add_copied(self, copied: torch.cuda.Event, host: Mapping[str, Tensor]) -> None:
         copied.synchronize()
-        self._add(self._pinned)
+        if self._counts is None or bool(self._counts):
+            self._add({**self._pinned, **host})
 
     def _add(self, values: Mapping[str, Tensor]) -> None:
+        self.updates += 1
         for name, value in values.items():
             self.average[name].lerp_(value.detach().float(), 1 - self.decay)
 

@@ -6,14 +6,17 @@ Muon (Jordan 2024) replaces a matrix's momentum by the nearest semi-orthogonal m
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from litseek.optim.adamw import MOMENTS, AdamW, AdamWConfig, buckets
+from litseek.optim.adamw import MOMENTS, AdamW, AdamWConfig, gradient, refresh_copy
 from litseek.optim.schedules import LRSchedule
+
+BUCKET = 2**26
+"""Elements that one Newton-Schulz iteration works on together: its temporaries take a few times this."""
 
 
 class Muon(AdamW):
@@ -25,30 +28,56 @@ class Muon(AdamW):
     def _moments_of(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("momentum",) if group.get("muon") else super()._moments_of(group)
 
-    def _step_group(self, group: dict[str, Any], params: Sequence[Tensor]) -> None:
+    def _step_group(
+        self, group: dict[str, Any], params: Sequence[Tensor], scale: Tensor | None, finite: Tensor | None
+    ) -> None:
         if not group.get("muon"):
-            return super()._step_group(group, params)
+            return super()._step_group(group, params, scale, finite)
         by_shape: dict[tuple[int, int], list[Tensor]] = {}
         for param in params:
             by_shape.setdefault((param.shape[-2], param.shape[-1]), []).append(param)
         # one batched iteration a shape, in buckets for memory's sake: small matrices alone waste the cores
-        for shape, alike in ((shape, bucket) for shape, all_ in by_shape.items() for _, bucket in buckets(all_)):
-            update_MRC = orthogonal(torch.cat([self._direction(p, group) for p in alike]), self.newton_schulz_steps)
-            scale = 0.2 * max(shape) ** 0.5
+        for shape, alike in ((shape, bucket) for shape, all_ in by_shape.items() for bucket in buckets(all_)):
+            directions = [self._direction(param, group, scale, finite) for param in alike]
+            update_MRC = orthogonal(torch.cat(directions), self.newton_schulz_steps)
+            rate = -group["lr"] * 0.2 * max(shape) ** 0.5
             for param, update in zip(alike, update_MRC.split([p.numel() // (shape[0] * shape[1]) for p in alike])):
-                param.mul_(1 - group["lr"] * group["weight_decay"])
-                param.add_(update.reshape(param.shape), alpha=-group["lr"] * scale)
+                stepped = param * (1 - group["lr"] * group["weight_decay"])
+                stepped.add_(update.reshape(param.shape), alpha=rate)
+                _write(param, stepped, finite)
+                refresh_copy(param)
         return None
 
-    def _direction(self, param: Tensor, group: dict[str, Any]) -> Tensor:
+    def _direction(self, param: Tensor, group: dict[str, Any], scale: Tensor | None, finite: Tensor | None) -> Tensor:
         """Nesterov momentum as (M, R, C); the moment is rounded to its dtype only after use."""
-        assert param.grad is not None
         state = self._state(param, group)
-        state["step"].add_(1)
-        grad = param.grad.to(param.dtype)
-        momentum = state["momentum"].to(param.dtype).lerp_(grad, 1 - self.momentum)
-        state["momentum"].copy_(momentum)
-        return torch.lerp(grad, momentum, self.momentum).reshape(-1, *param.shape[-2:])
+        state["step"].add_(1 if finite is None else finite)
+        grad = gradient(param).to(param.dtype)
+        if scale is not None:
+            grad = grad * scale
+        momentum = state["momentum"].to(param.dtype, copy=True).lerp_(grad, 1 - self.momentum)
+        direction = torch.lerp(grad, momentum, self.momentum).reshape(-1, *param.shape[-2:])
+        _write(state["momentum"], momentum, finite)
+        return direction
+
+
+def _write(tensor: Tensor, value: Tensor, finite: Tensor | None) -> None:
+    """In place, unless the step is not finite, which is not known on the host."""
+    tensor.copy_(value if finite is None else torch.where(finite, value.to(tensor.dtype), tensor))
+
+
+def buckets(params: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Runs of parameters on one device, of at most ``BUCKET`` elements unless a single one is larger."""
+    bucket: list[Tensor] = []
+    size = 0
+    for param in params:
+        if bucket and (param.device != bucket[0].device or size + param.numel() > BUCKET):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(param)
+        size += param.numel()
+    if bucket:
+        yield bucket
 
 
 def orthogonal(x_MRC: Tensor, steps: int) -> Tensor:

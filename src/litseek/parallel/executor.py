@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from litseek.data.batch import MicroBatch
 
@@ -49,7 +50,8 @@ class StepResult:
     """Phase name -> (E,) int64 tokens that each expert received."""
     tokens: int = 0
     """Of the global batch."""
-    finite: bool = True
+    finite: Tensor = field(default_factory=lambda: torch.ones((), dtype=torch.bool))
+    """Scalar where the gradients are; on a GPU whoever asks the host for its value stops the queue."""
     grad_norm: Tensor | None = None
 
 
@@ -194,58 +196,79 @@ class _Run:
 
 
 class _Segment:
-    """One phase on one micro-batch: its inputs, its outputs unless it recomputes, and its backward."""
+    """One phase on one micro-batch: the edges of its autograd graph, its inputs only if it recomputes, its backward.
+
+    Inputs enter through `_Entry` and outputs are kept as edges, so that a tensor between two phases lives exactly as
+    long as an operation needs it for backward.
+    """
 
     def __init__(self, phase: Phase, micro: MicroBatch, aux_weight: float, recompute: bool) -> None:
         self.phase, self.micro, self.aux_weight, self.recompute = phase, micro, aux_weight, recompute
         self.aux: Tensor | None = None
         self.load: Tensor | None = None
+        self.grads: dict[str, Tensor] = {}
+        self.roots: dict[str, GradientEdge] = {}
 
     def forward(self, state: State) -> State:
-        self.inputs = {key: _leaf(value) for key, value in state.items()}
         if self.recompute:
-            self.random = _random_state()
+            self.inputs, self.random = state, _random_state()
         with torch.set_grad_enabled(not self.recompute):
-            # a copy: a phase may add keys to the dictionary it was given, and recompute needs it as it was
-            outputs = self.phase(dict(self.inputs), self.micro)
-        outputs = dict(outputs)
+            outputs = self._run(state)
         self.load = outputs.pop("load", None)
         self.aux = outputs["aux"].detach() if "aux" in outputs else None
         if not self.recompute:
-            self.outputs = outputs
+            self.roots = _edges(outputs)
         return {k: v.detach() if isinstance(v, Tensor) else v for k, v in outputs.items() if k != "aux"}
 
     def backward(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:
         """Gradients of the inputs from those of the outputs; parameters accumulate on the way."""
-        outputs = self._again() if self.recompute else self.outputs
-        roots, seeds = [], []
-        for key, value in outputs.items():
-            if not isinstance(value, Tensor) or not value.requires_grad:
-                continue
-            if key == "aux":
-                grad: Tensor | None = torch.full_like(value, self.aux_weight)
-            else:
-                grad = grads.get(key)
-            if grad is not None:
-                roots.append(value)
-                seeds.append(grad)
-        if roots:
-            torch.autograd.backward(roots, seeds)
-        found = {k: v.grad for k, v in self.inputs.items() if isinstance(v, Tensor) and v.grad is not None}
-        self.inputs, self.outputs = {}, {}
+        roots = self._again() if self.recompute else self.roots
+        seeds = dict(grads)
+        if "aux" in roots:
+            assert self.aux is not None
+            seeds["aux"] = torch.full_like(self.aux, self.aux_weight)
+        reached = [key for key in roots if seeds.get(key) is not None]
+        if reached:
+            torch.autograd.backward([roots[key] for key in reached], [seeds[key] for key in reached])
+        found, self.grads, self.roots, self.inputs = self.grads, {}, {}, {}
         return found
 
-    def _again(self) -> State:
+    def _run(self, state: State) -> State:
+        if torch.is_grad_enabled():
+            floating = [key for key, value in state.items() if isinstance(value, Tensor) and value.is_floating_point()]
+            token = torch.zeros((), requires_grad=True)
+            entered = _Entry.apply(self.grads, floating, token, *(state[key] for key in floating))
+            state = {**state, **dict(zip(floating, entered or ()))}
+        return dict(self.phase(dict(state), self.micro))
+
+    def _again(self) -> dict[str, GradientEdge]:
         with _random_restored(self.random), torch.enable_grad():
-            outputs = dict(self.phase(dict(self.inputs), self.micro))
+            outputs = self._run(self.inputs)
         outputs.pop("load", None)  # counted on the first forward
-        return outputs
+        return _edges(outputs)
 
 
-def _leaf(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().requires_grad_(value.is_floating_point())
-    return value
+class _Entry(torch.autograd.Function):
+    """Where a segment's graph begins: hands its inputs in, and leaves their gradients in a dictionary.
+
+    Unlike leaves it keeps no input alive. ``token`` requires a gradient, so that the outputs do.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, grads: dict[str, Tensor], keys: list[str], token: Tensor, *values: Tensor) -> Any:
+        ctx.set_materialize_grads(False)
+        ctx.grads, ctx.keys = grads, keys
+        return tuple(value.view_as(value) for value in values)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, ...]:
+        ctx.grads.update((key, grad) for key, grad in zip(ctx.keys, grads) if grad is not None)
+        return (None,) * (len(grads) + 3)
+
+
+def _edges(outputs: State) -> dict[str, GradientEdge]:
+    tensors = {key: value for key, value in outputs.items() if isinstance(value, Tensor) and value.requires_grad}
+    return {key: get_gradient_edge(value) for key, value in tensors.items()}
 
 
 def _plus(total: Tensor | None, value: Tensor) -> Tensor:

@@ -21,11 +21,14 @@ from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from litseek_kernels.adamw import MultiNorm, l2_norm_and_finite
 from torch import Tensor
 from torch.optim import Optimizer
 
 from litseek.data.batch import MicroBatch
 from litseek.errors import LitseekError
+from litseek.optim import AdamW
+from litseek.optim.adamw import refresh_copy
 from litseek.parallel import storage
 from litseek.parallel.executor import Executor, HeadLoss, StepResult
 
@@ -60,6 +63,9 @@ class LitseekStrategy(ParallelStrategy):
         self.num_nodes = 1
         self._executor: Executor | None = None
         self.step_result: StepResult | None = None
+        self._scale: Tensor | None = None
+        self._norm = MultiNorm()
+        self._host_group: dist.ProcessGroup | None = None
 
     # -- processes ----------------------------------------------------------------------------------------------
 
@@ -157,17 +163,28 @@ class LitseekStrategy(ParallelStrategy):
 
     def forward_backward(self, micros: Sequence[MicroBatch], head_loss: HeadLoss) -> StepResult:
         """Loss and gradients of the global batch, of which ``micros`` are this rank's part; equal on all ranks."""
-        mine = [sum(micro.targets for micro in micros), float(sum(micro.num_tokens for micro in micros))]
-        targets, tokens = self.sum(torch.tensor(mine, dtype=torch.float64, device=self.root_device)).tolist()
+        targets, tokens = self._sum_on_host(
+            [sum(micro.targets for micro in micros), float(sum(micro.num_tokens for micro in micros))]
+        )
         # gradients and losses are averaged over ranks below, hence the division here
         result = self.executor.forward_backward(micros, head_loss, total_targets=targets / self.dp)
         result.tokens = int(tokens)
         self._reduce(result)
         grads = self._reduce_grads()
-        result.grad_norm = torch.nn.utils.get_total_norm(grads)
-        result.finite = bool(torch.isfinite(result.loss) & torch.isfinite(result.grad_norm))
-        self.step_result = result
+        result.grad_norm, finite = l2_norm_and_finite(grads, self._norm)
+        result.finite = finite & torch.isfinite(result.loss)
+        self.step_result, self._scale = result, None
         return result
+
+    def _sum_on_host(self, values: list[float]) -> list[float]:
+        """The sums over all ranks of numbers that the host knows, without a detour through a GPU."""
+        if self.world_size == 1:
+            return values
+        if self._host_group is None and dist.get_backend() == "nccl":
+            self._host_group = dist.new_group(backend="gloo")
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total, group=self._host_group)
+        return total.tolist()
 
     def _reduce(self, result: StepResult) -> None:
         if self.world_size == 1:
@@ -217,15 +234,29 @@ class LitseekStrategy(ParallelStrategy):
         assert isinstance(module, LightningModule)
         loss = closure()
         self.precision_plugin._after_closure(module, optimizer)
-        if self.step_result is None or self.step_result.finite:
-            optimizer.step(**kwargs)
+        self.step(optimizer, **kwargs)
         return loss
 
     def clip_gradients(self, max_norm: float) -> None:
-        """Scale gradients so that the norm found by `forward_backward` is at most ``max_norm``."""
+        """Let the next `step` scale gradients so that the norm found by `forward_backward` is at most ``max_norm``."""
         assert self.step_result is not None and self.step_result.grad_norm is not None
-        scale = (max_norm / (self.step_result.grad_norm + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_([p.grad for p in self._module.parameters() if p.grad is not None], scale)
+        self._scale = (max_norm / (self.step_result.grad_norm + 1e-6)).clamp(max=1.0)
+
+    def step(self, optimizer: Optimizer, **kwargs: Any) -> None:
+        """Clip and step, unless the loss or the gradient is not finite.
+
+        On a GPU our own optimizers do all of this there, in one pass over the gradients, which keep their values;
+        others make the host wait for the answer.
+        """
+        scale, self._scale = self._scale, None
+        finite = None if self.step_result is None else self.step_result.finite
+        if finite is not None and finite.is_cuda and isinstance(optimizer, AdamW):
+            optimizer.step(scale=scale, finite=finite, **kwargs)
+            return
+        if scale is not None:
+            torch._foreach_mul_([p.grad for p in self._module.parameters() if p.grad is not None], scale)
+        if finite is None or finite:
+            optimizer.step(**kwargs)
 
     # -- checkpoints --------------------------------------------------------------------------------------------
 
@@ -240,6 +271,8 @@ class LitseekStrategy(ParallelStrategy):
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         self._module.load_state_dict(checkpoint["state_dict"], strict=strict)
+        for parameter in self._module.parameters():
+            refresh_copy(parameter)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The optimizer's state under parameter names instead of numbers."""
@@ -259,7 +292,7 @@ class LitseekStrategy(ParallelStrategy):
             for name, state in saved["state"].items():
                 parameter = parameters[name]
                 optimizer.state[parameter] = {
-                    key: value.to(parameter.device) if isinstance(value, Tensor) and key != "step" else value
+                    key: value.to(parameter.device) if isinstance(value, Tensor) else value
                     for key, value in state.items()
                 }
             for group, stored in zip(optimizer.param_groups, saved["param_groups"]):

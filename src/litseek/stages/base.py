@@ -11,13 +11,14 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from litseek.callbacks.progress import Progress
 from litseek.data.batch import MicroBatch
 from litseek.data.sources import gzip_bits_per_byte, xz_bits_per_byte
 from litseek.errors import LitseekError
 from litseek.losses import linear_cross_entropy, mtp_loss
 from litseek.models.config import DeepSeekV3Config
 from litseek.models.transformer import Transformer, build
-from litseek.optim import BatchRamp, set_lr, update_bias_
+from litseek.optim import BatchRamp, set_lr, update_biases_
 from litseek.parallel import storage
 from litseek.parallel.checkpoint import CheckpointRef, load_weights
 from litseek.parallel.executor import Executor, State, StepResult
@@ -222,10 +223,13 @@ class StageModule(pl.LightningModule):
         result = self.strategy.forward_backward(self.inputs(batch), self.head_loss)
         self.step_result = result
         self._next = (batch["first"] + batch["count"], self.tokens_seen + result.tokens)
-        self.log("loss", result.loss, prog_bar=True)
+        # what is for a progress bar Lightning reads every step; ours reads the loss itself, when it has arrived
+        read = not isinstance(self.trainer.progress_bar_callback, (Progress, type(None)))
+        self.log("loss", result.loss, prog_bar=read)
         assert result.grad_norm is not None
-        self.log_dict({**result.metrics, "grad_norm": result.grad_norm, "lr": self.learning_rate})
-        self.log("tokens", float(self._next[1]))
+        self.log_dict(result.metrics | {"grad_norm": result.grad_norm})
+        # as tensors of the CPU: Lightning would copy numbers to the GPU and wait for it
+        self.log_dict({"lr": torch.tensor(self.learning_rate), "tokens": torch.tensor(float(self._next[1]))})
         return result.loss
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
@@ -252,11 +256,10 @@ class StageModule(pl.LightningModule):
     def update_biases(self, result: StepResult) -> None:
         """Balance biases by the step's loads (report §2.1.2), unless the step is skipped."""
         speed = at(self.balance_speed, self.tokens_seen)
-        if not result.finite or not speed:
-            return
-        for name, router in self.model.balance_routers().items():
-            if name in result.loads:
-                update_bias_(router.e_score_correction_bias, result.loads[name], speed)
+        routers = {name: router for name, router in self.model.balance_routers().items() if name in result.loads}
+        if speed:
+            biases = [router.e_score_correction_bias for router in routers.values()]
+            update_biases_(biases, [result.loads[name] for name in routers], speed, result.finite)
 
     # -- validation ---------------------------------------------------------------------------------------------
 

@@ -232,7 +232,10 @@ class Grpo(StageModule):
         return list(mine.split(self.micro_batch))
 
     def _micros(self, rollout: Rollout) -> list[MicroBatch]:
-        return [rollout.micro(rows).to(self.device) for rows in self._rows(rollout, self.strategy.dp_rank)]
+        micros = [rollout.micro(rows) for rows in self._rows(rollout, self.strategy.dp_rank)]
+        for micro in micros:  # found here, as a search on a GPU would make the host wait for its length
+            micro.extra["places"] = (micro.labels != IGNORE).flatten().nonzero()[:, 0]
+        return [micro.to(self.device) for micro in micros]
 
     def _gather(self, value: Any) -> list[Any]:
         """The value of every rank, in their order."""
@@ -264,7 +267,7 @@ class Grpo(StageModule):
 
     def _logprobs(self, state: State, micro: MicroBatch, head_VD: Tensor) -> Tensor:
         """(N, S) log-probabilities of the labels at the sampling temperature; the head runs on scored places only."""
-        places = (micro.labels != IGNORE).flatten().nonzero()[:, 0]
+        places = micro.extra["places"]
         hidden_MD = state["hidden"].flatten(0, 1).index_select(0, places)
         labels_M = micro.labels.flatten().index_select(0, places)
         dtype = self.precision.compute_dtype
