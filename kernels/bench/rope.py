@@ -10,10 +10,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch._functorch.config as functorch
+import triton
 from litseek_kernels.ref import rope as ref
 from litseek_kernels.rope import mla_heads
-from litseek_kernels.testing import median_ms
 from torch import Tensor
 
 SHAPES = ((8, 4096, 16), (2, 4096, 128))
@@ -22,7 +21,6 @@ NOPE, ROPE, VALUE = 128, 64, 128
 
 
 def rows() -> Iterator[dict[str, Any]]:
-    functorch.donated_buffer = False  # else compiled backward passes cannot be repeated
     for shape in SHAPES:
         yield from layer(*shape)
 
@@ -57,7 +55,13 @@ def times(function: Any, given: tuple[Tensor, ...], rest: tuple[Any, ...], seeds
     def call(q: Tensor, kv: Tensor, latent: Tensor) -> tuple[Tensor, ...]:
         return function(q, kv, latent[..., 512:], *rest)
 
-    plain, inputs = ([t.clone() for t in given] for _ in range(2))
-    forward = median_ms(lambda: call(*plain))
-    outputs = call(*(t.requires_grad_() for t in inputs))
-    return forward, median_ms(lambda: torch.autograd.grad(outputs, inputs, seeds, retain_graph=True))
+    def both() -> None:
+        torch.autograd.grad(call(*inputs), inputs, seeds)
+
+    # device time alone: graphs replay, and backward has to be captured together with its forward
+    inputs = [t.clone().requires_grad_() for t in given]
+    with torch.cuda.stream(torch.cuda.Stream()):
+        forward, whole = (
+            triton.testing.do_bench_cudagraph(fn, rep=40, return_mode="median") for fn in (lambda: call(*inputs), both)
+        )
+    return forward, whole - forward
