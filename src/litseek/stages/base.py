@@ -227,10 +227,15 @@ class StageModule(pl.LightningModule):
         read = not isinstance(self.trainer.progress_bar_callback, (Progress, type(None)))
         self.log("loss", result.loss, prog_bar=read)
         assert result.grad_norm is not None
-        self.log_dict(result.metrics | {"grad_norm": result.grad_norm})
-        # as tensors of the CPU: Lightning would copy numbers to the GPU and wait for it
-        self.log_dict({"lr": torch.tensor(self.learning_rate), "tokens": torch.tensor(float(self._next[1]))})
+        self.log_dict({**result.metrics, "grad_norm": result.grad_norm, "lr": self.learning_rate})
+        self.log("tokens", float(self._next[1]))
         return result.loss
+
+    def log(self, name: str, value: Any, *args: Any, **keys: Any) -> None:
+        """Lightning's, but numbers become tensors of the CPU: it would copy them to the GPU and wait for that."""
+        if isinstance(value, (int, float)) and not keys.get("sync_dist"):
+            value = torch.tensor(value, dtype=torch.get_default_dtype())
+        super().log(name, value, *args, **keys)
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
         """Nothing: Lightning calls it after training_step, when the executor has filled the gradients already."""
