@@ -8,7 +8,6 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
-from litseek.optim.adamw import refresh_copy
 from litseek.optim.ema import EMA
 
 
@@ -71,4 +70,3 @@ def averaged(model: Any) -> dict[str, Tensor]:
 def _write(into: dict[str, Tensor], values: dict[str, Tensor]) -> None:
     for name, target in into.items():
         target.copy_(values[name])
-        refresh_copy(target)

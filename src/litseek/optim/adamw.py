@@ -103,6 +103,8 @@ class AdamW(torch.optim.Optimizer):
                 finite=finite,
                 **setting,
             )
+            for param in params:
+                mark_fresh(param)
             return
         beta1, beta2 = group["betas"]
         for param, state in zip(params, states):  # one by one stays in cache: foreach takes twice as long
@@ -123,10 +125,11 @@ def compute_copy(param: Tensor) -> Tensor | None:
 
 
 def refresh_copy(param: Tensor) -> None:
-    """After the parameter was written: its copy, if it has one, follows."""
-    copy = compute_copy(param)
+    """After the parameter was written: its copy, if it has one, follows, and notes which writing it follows."""
+    copy: Any = compute_copy(param)
     if copy is not None:
         copy.copy_(param)
+        copy.of_version = param._version
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

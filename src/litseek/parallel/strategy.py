@@ -28,7 +28,6 @@ from torch.optim import Optimizer
 from litseek.data.batch import MicroBatch
 from litseek.errors import LitseekError
 from litseek.optim import AdamW
-from litseek.optim.adamw import refresh_copy
 from litseek.parallel import storage
 from litseek.parallel.executor import Executor, HeadLoss, StepResult
 
@@ -166,6 +165,8 @@ class LitseekStrategy(ParallelStrategy):
         targets, tokens = self._sum_on_host(
             [sum(micro.targets for micro in micros), float(sum(micro.num_tokens for micro in micros))]
         )
+        if hasattr(self._module, "attach"):
+            self._module.attach()
         # gradients and losses are averaged over ranks below, hence the division here
         result = self.executor.forward_backward(micros, head_loss, total_targets=targets / self.dp)
         result.tokens = int(tokens)
@@ -271,8 +272,6 @@ class LitseekStrategy(ParallelStrategy):
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         self._module.load_state_dict(checkpoint["state_dict"], strict=strict)
-        for parameter in self._module.parameters():
-            refresh_copy(parameter)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The optimizer's state under parameter names instead of numbers."""
