@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +29,8 @@ class MicroBatch:
     """Scored units in here (label tokens; samples for GRPO). The executor weighs the loss by it."""
     extra: dict[str, Tensor] = field(default_factory=dict)
     """What a stage adds, for example advantages."""
+    memo: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
+    """What `once` has computed."""
 
     @classmethod
     def of(cls, tokens: Tensor) -> MicroBatch:
@@ -38,6 +42,12 @@ class MicroBatch:
     @property
     def num_tokens(self) -> int:
         return self.tokens.numel()
+
+    def once(self, key: Hashable, compute: Callable[[], Any]) -> Any:
+        """What all layers need of this micro-batch's side inputs, computed by the first that asks."""
+        if key not in self.memo:
+            self.memo[key] = compute()
+        return self.memo[key]
 
     def to(self, device: torch.device | str) -> MicroBatch:
         """On ``device``; towards a GPU through pinned memory, as a copy from anywhere else makes the host wait."""
@@ -54,4 +64,5 @@ class MicroBatch:
             positions=move(self.positions),
             documents=None if self.documents is None else move(self.documents),
             extra={k: move(v) for k, v in self.extra.items()},
+            memo={},
         )

@@ -34,6 +34,7 @@ def mtp_loss(
     documents_BS: Tensor | None = None,
     *,
     compute_dtype: torch.dtype | None = None,
+    weight_copy_VD: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """Mean over depths of (sum of the T - k terms) / T, and each depth's own, detached (report §2.2, eq. 24-25).
 
@@ -44,7 +45,12 @@ def mtp_loss(
         raise ValueError("mtp_loss was given no depth; without MTP leave its term out")
     losses = [
         linear_cross_entropy(
-            hidden, weight_VD, mtp_labels(labels_BS, k, documents_BS), "sum", compute_dtype=compute_dtype
+            hidden,
+            weight_VD,
+            mtp_labels(labels_BS, k, documents_BS),
+            "sum",
+            compute_dtype=compute_dtype,
+            weight_copy_VD=weight_copy_VD,
         )
         / max(targets, 1.0)
         for k, hidden in enumerate(hiddens, start=1)

@@ -22,6 +22,7 @@ from litseek.models.mla import MLA, LayerCache
 from litseek.models.moe import MoE, SwiGLU
 from litseek.models.norm import RMSNorm
 from litseek.models.recompute import keep_products
+from litseek.models.rope import Rotary, rotation
 from litseek.precision import Precision
 
 State = dict[str, Any]
@@ -68,19 +69,26 @@ class Block(nn.Module):
             self.mlp = MoE(cfg, precision, aux_weight)
         else:
             self.mlp = SwiGLU(cfg, precision, cfg.intermediate_size)
+        self.cfg = cfg
         self.dispatcher: Dispatcher = LocalDispatcher(cfg.n_routed_experts)
 
     def phases(self, prefix: str) -> list[Phase]:
         """attend, dispatch, experts, combine; a dense block has attend and experts only."""
         attention = (self.input_layernorm, self.self_attn, self.post_attention_layernorm)
+        inner = self.wrap(self._attend)
+
+        def attend(state: State, micro: MicroBatch) -> State:
+            rotary = micro.once(("rotary", id(self.cfg)), lambda: rotation(self.cfg, micro.positions))
+            return {**state, **inner(state["x"], rotary, micro.documents)}
+
         if isinstance(self.mlp, SwiGLU):
             return [
-                Phase(f"{prefix}.attend", self.wrap(self._attend), attention),
+                Phase(f"{prefix}.attend", attend, attention),
                 Phase(f"{prefix}.experts", self.wrap(self._dense), (self.mlp,)),
             ]
         shared = () if self.mlp.shared_experts is None else (self.mlp.shared_experts,)
         return [
-            Phase(f"{prefix}.attend", self.wrap(self._attend), (*attention, self.mlp.gate)),
+            Phase(f"{prefix}.attend", attend, (*attention, self.mlp.gate)),
             Phase(f"{prefix}.dispatch", self._dispatch, ()),
             Phase(f"{prefix}.experts", self.wrap(self._experts), (self.mlp.experts, *shared)),
             Phase(f"{prefix}.combine", self._combine, ()),
@@ -102,10 +110,8 @@ class Block(nn.Module):
             state = step(state, None)
         return state["x"]
 
-    def _attend(self, state: State, micro: MicroBatch) -> State:
-        x = state["x"]
-        x = x + self.self_attn(x, self.input_layernorm, micro.positions, micro.documents)
-        return self._feed({**state, "x": x})
+    def _attend(self, x_BSD: Tensor, rotary: Rotary, documents_BS: Tensor | None) -> State:
+        return self._feed({"x": x_BSD + self.self_attn(x_BSD, self.input_layernorm, rotary, documents_BS)})
 
     def _feed(self, state: State) -> State:
         """Add the feed-forward's normed input and, in a mixture, the gate's decision."""
@@ -122,21 +128,21 @@ class Block(nn.Module):
     def _dispatch(self, state: State, micro: MicroBatch | None) -> State:
         rest = {k: v for k, v in state.items() if k not in ("expert", "weight")}
         rows, count, plan = self.dispatcher.dispatch(state["u"].flatten(0, 1), state["expert"], state["weight"])
-        return {**rest, "rows": rows, "count": count, "weight": plan.weight, "plan": plan.with_weight(None)}
+        weight = self.dispatcher.row_weights(plan)
+        return {**rest, "rows": rows, "count": count, "weight": weight, "plan": plan.with_weight(None)}
 
     def _experts(self, state: State, micro: MicroBatch | None) -> State:
         assert isinstance(self.mlp, MoE)
-        rest = {k: v for k, v in state.items() if k not in ("u", "count")}
-        rest["rows"] = self.mlp.experts(state["rows"], state["count"])
+        rest = {k: v for k, v in state.items() if k not in ("u", "count", "weight")}
+        rest["rows"] = self.mlp.experts(state["rows"], state["count"], state["weight"])
         if self.mlp.shared_experts is not None:
             rest["shared"] = self.mlp.shared_experts(state["u"])
         return rest
 
     def _combine(self, state: State, micro: MicroBatch | None) -> State:
-        used = ("rows", "weight", "plan", "shared")
+        used = ("rows", "plan", "shared")
         rest = {k: v for k, v in state.items() if k not in used}
-        y = self.dispatcher.combine(state["rows"], state["plan"].with_weight(state["weight"]))
-        x = state["x"] + y.view_as(state["x"])
+        x = state["x"] + self.dispatcher.combine(state["rows"], state["plan"]).view_as(state["x"])
         return {**rest, "x": x + state["shared"] if "shared" in state else x}
 
     def _dense(self, state: State, micro: MicroBatch | None) -> State:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from litseek_kernels.permute import permute, sort_by_expert, unpermute
+from litseek_kernels.permute import permute, sort_by_expert, unpermute, weight_of_rows
 from torch import Tensor
 
 
@@ -24,9 +24,15 @@ class Plan:
 
 
 class Dispatcher(Protocol):
-    """``dispatch`` sends each token's row to its experts, sorted by expert; ``combine`` returns the weighted sums."""
+    """``dispatch`` sends each token's row to its experts, sorted by expert; ``combine`` returns the weighted sums.
+
+    A block takes the weights out of the plan and multiplies them into the experts' hidden activations instead:
+    ``row_weights`` are the plan's weights in the rows' order, and combine without weights is a plain sum.
+    """
 
     def dispatch(self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> tuple[Tensor, Tensor, Plan]: ...
+
+    def row_weights(self, plan: Plan) -> Tensor: ...
 
     def combine(self, rows_RD: Tensor, plan: Plan) -> Tensor: ...
 
@@ -42,7 +48,11 @@ class LocalDispatcher:
         order_R, inverse_TK, count_E = sort_by_expert(expert_TK, self.num_experts)
         return permute(x_TD, order_R, inverse_TK), count_E, Plan(weight_TK, (order_R, inverse_TK))
 
+    def row_weights(self, plan: Plan) -> Tensor:
+        """(R,): the gate's weight of each row."""
+        assert plan.weight is not None, "the plan's weight was taken out"
+        return weight_of_rows(plan.weight, *plan.detail)
+
     def combine(self, rows_RD: Tensor, plan: Plan) -> Tensor:
-        """(T, D): the sum over a token's experts, times the gate's weights."""
-        assert plan.weight is not None, "the plan's weight was taken out and not put back"
+        """(T, D): the sum over a token's experts, times the gate's weights if the plan has them."""
         return unpermute(rows_RD, plan.weight, *plan.detail)

@@ -15,8 +15,8 @@ from litseek.models.attention import causal_attention
 from litseek.models.config import DeepSeekV3Config
 from litseek.models.norm import RMSNorm
 from litseek.models.recompute import keep_attention, keep_products
-from litseek.models.rope import rotate, rotation, softmax_scale
-from litseek.precision import Precision
+from litseek.models.rope import Rotary, rotate, rotation, softmax_scale
+from litseek.precision import Precision, operand
 
 
 class LayerCache(Protocol):
@@ -45,13 +45,13 @@ class MLA(nn.Module):
         self.kv_b_proj = precision.linear(cfg.kv_lora_rank, heads * (cfg.qk_nope_head_dim + cfg.v_head_dim))
         self.o_proj = precision.linear(heads * cfg.v_head_dim, d)
 
-    def forward(self, x_BSD: Tensor, norm: nn.Module, positions_BS: Tensor, documents_BS: Tensor | None) -> Tensor:
-        """Attention of ``norm(x)``; the norm comes in so that recompute covers it."""
+    def forward(self, x_BSD: Tensor, norm: nn.Module, rotary: Rotary, documents_BS: Tensor | None) -> Tensor:
+        """Attention of ``norm(x)``; the norm comes in so that recompute covers it. ``rotary``: `rope.rotation`'s tables."""
         run = self.recompute and torch.is_grad_enabled()
         if run:
             down = keep_products(lambda x: self._down(norm(x)), x_BSD)
-            return self.o_proj(keep_attention(self._core, *down, positions_BS, documents_BS))
-        return self.o_proj(self._core(*self._down(norm(x_BSD)), positions_BS, documents_BS))
+            return self.o_proj(keep_attention(self._core, *down, rotary, documents_BS))
+        return self.o_proj(self._core(*self._down(norm(x_BSD)), rotary, documents_BS))
 
     def forward_cached(
         self, x_BSD: Tensor, positions_BS: Tensor, cache: LayerCache, length: int, absorbed: bool
@@ -62,7 +62,7 @@ class MLA(nn.Module):
         read as it lies; otherwise keys and values are up-projected. Both give the same numbers up to rounding.
         """
         q_BSD, kv_BSD = self._down(x_BSD)
-        q_nope, q_rope, c_kv, k_rope = self._latents(q_BSD, kv_BSD, positions_BS)
+        q_nope, q_rope, c_kv, k_rope = self._latents(q_BSD, kv_BSD, rotation(self.cfg, positions_BS))
         cache.write(positions_BS, c_kv, k_rope)
         c_BTR, k_BTr = cache.read(length)
         visible_BST = torch.arange(length, device=x_BSD.device) <= positions_BS[:, :, None]
@@ -85,7 +85,7 @@ class MLA(nn.Module):
         query = self.q_proj(x_BSD) if self.cfg.q_lora_rank is None else self.q_a_proj(x_BSD)
         return query, self.kv_a_proj_with_mqa(x_BSD)
 
-    def _latents(self, q_BSD: Tensor, kv_BSD: Tensor, positions_BS: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _latents(self, q_BSD: Tensor, kv_BSD: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q_nope (B, S, H, N), rotated q_rope (B, S, H, r), normed c_kv (B, S, R), rotated k_rope (B, S, r)."""
         cfg = self.cfg
         if cfg.q_lora_rank is not None:
@@ -94,18 +94,17 @@ class MLA(nn.Module):
             [cfg.qk_nope_head_dim, cfg.qk_rope_head_dim], dim=-1
         )
         c_kv, k_rope = kv_BSD.split([cfg.kv_lora_rank, cfg.qk_rope_head_dim], dim=-1)
-        cos, sin = rotation(cfg, positions_BS)
         return (
             q_nope,
-            rotate(q_rope, cos, sin),
+            rotate(q_rope, *rotary),
             self.kv_a_layernorm(c_kv),
-            rotate(k_rope[:, :, None], cos, sin)[:, :, 0],
+            rotate(k_rope[:, :, None], *rotary)[:, :, 0],
         )
 
-    def _core(self, q_BSD: Tensor, kv_BSD: Tensor, positions_BS: Tensor, documents_BS: Tensor | None) -> Tensor:
+    def _core(self, q_BSD: Tensor, kv_BSD: Tensor, rotary: Rotary, documents_BS: Tensor | None) -> Tensor:
         """Norms, up-projections, rotation, softmax attention: (B, S, H * V)."""
         cfg = self.cfg
-        q_nope, q_rope, c_kv, k_rope = self._latents(q_BSD, kv_BSD, positions_BS)
+        q_nope, q_rope, c_kv, k_rope = self._latents(q_BSD, kv_BSD, rotary)
         k_nope, v_BSHV = (
             self.kv_b_proj(c_kv)
             .unflatten(-1, (-1, cfg.qk_nope_head_dim + cfg.v_head_dim))
@@ -118,6 +117,6 @@ class MLA(nn.Module):
     def _up_matrices(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """W_UK (H, N, R) and W_UV (H, V, R), the two halves of kv_b_proj."""
         cfg = self.cfg
-        both = self.kv_b_proj.weight.to(dtype).unflatten(0, (cfg.num_attention_heads, -1))
+        both = operand(self.kv_b_proj.weight, dtype).unflatten(0, (cfg.num_attention_heads, -1))
         up_k, up_v = both.split([cfg.qk_nope_head_dim, cfg.v_head_dim], dim=1)
         return up_k, up_v

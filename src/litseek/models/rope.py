@@ -8,9 +8,13 @@ from __future__ import annotations
 import math
 
 import torch
+from litseek_kernels.ref.rope import rotate as rotate
 from torch import Tensor
 
 from litseek.models.config import DeepSeekV3Config
+
+Rotary = tuple[Tensor, Tensor]
+"""cos and sin of every position, as `rotation` gives them."""
 
 
 def frequencies(cfg: DeepSeekV3Config, device: torch.device | str | None = None) -> Tensor:
@@ -51,7 +55,7 @@ def softmax_scale(cfg: DeepSeekV3Config) -> float:
     return scale * _magnitude(cfg.rope_scaling["factor"], cfg.rope_scaling["mscale_all_dim"]) ** 2
 
 
-def rotation(cfg: DeepSeekV3Config, positions_BS: Tensor) -> tuple[Tensor, Tensor]:
+def rotation(cfg: DeepSeekV3Config, positions_BS: Tensor) -> Rotary:
     """cos and sin, (B, S, R/2) float32. They are scaled only if the two mscales differ, which the release's do not."""
     angle = positions_BS.to(torch.float32)[..., None] * frequencies(cfg, positions_BS.device)
     cos, sin = angle.cos(), angle.sin()
@@ -61,15 +65,6 @@ def rotation(cfg: DeepSeekV3Config, positions_BS: Tensor) -> tuple[Tensor, Tenso
         if magnitude != 1.0:
             cos, sin = cos * magnitude, sin * magnitude
     return cos, sin
-
-
-def rotate(x_BSHR: Tensor, cos_BSr: Tensor, sin_BSr: Tensor) -> Tensor:
-    """Turn each interleaved pair of the last dimension; dtype kept, arithmetic in float32 (float64 stays)."""
-    wide = torch.promote_types(x_BSHR.dtype, torch.float32)
-    even, odd = x_BSHR.to(wide).unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = cos_BSr.unsqueeze(-2), sin_BSr.unsqueeze(-2)
-    turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
-    return turned.flatten(-2).to(x_BSHR.dtype)
 
 
 def _magnitude(factor: float, mscale: float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterator
 from typing import Protocol, cast
 
 import torch
@@ -12,10 +13,10 @@ from litseek.data.batch import MicroBatch
 from litseek.models.block import Block, Phase, State
 from litseek.models.config import DeepSeekV3Config
 from litseek.models.mla import LayerCache
-from litseek.models.moe import MoE, Router
+from litseek.models.moe import Experts, MoE, Router
 from litseek.models.mtp import MTP
 from litseek.models.norm import RMSNorm
-from litseek.precision import FP32, Precision
+from litseek.precision import FP32, Linear, Precision
 
 
 class Cache(Protocol):
@@ -76,6 +77,12 @@ class Transformer(nn.Module):
                 loads[phase.name] = state.pop("load")
         return {**state, "aux": aux, "loads": loads}
 
+    def attach(self) -> None:
+        """Before a step, on the final device: keep the products' weights as the precision multiplies them. What is kept
+        already is made again only where something but the optimizer (a checkpoint, an average) wrote the weight."""
+        for weight in self._product_weights():
+            self.precision.attach(weight)
+
     def compile_phases(self) -> None:
         """Compile the blocks' own work (torch.compile); layers of one kind share a graph."""
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
@@ -126,6 +133,14 @@ class Transformer(nn.Module):
             parameter.normal_(0.0, self.cfg.initializer_range, generator=generator)
         for router in self.balance_routers().values():
             router.e_score_correction_bias.zero_()
+
+    def _product_weights(self) -> Iterator[nn.Parameter]:
+        for module in self.modules():
+            if isinstance(module, Linear):
+                yield module.weight
+            elif isinstance(module, Experts):
+                yield module.gate_up_proj
+                yield module.down_proj
 
     def _blocks(self) -> list[Block]:
         return cast(list[Block], list(self.layers))

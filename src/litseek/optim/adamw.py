@@ -129,6 +129,14 @@ def refresh_copy(param: Tensor) -> None:
     copy: Any = compute_copy(param)
     if copy is not None:
         copy.copy_(param)
+        mark_fresh(param)
+        copy.of_version = param._version
+
+
+def mark_fresh(param: Tensor) -> None:
+    """The copy says of which version of the parameter it is, so that the model can tell a stale one."""
+    copy: Any = compute_copy(param)
+    if copy is not None:
         copy.of_version = param._version
 
 

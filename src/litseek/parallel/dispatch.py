@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from litseek_kernels.permute import permute, sort_by_expert, unpermute
+from litseek_kernels.permute import permute, sort_by_expert, unpermute, weight_of_rows
 from torch import Tensor
 
 from litseek.models.dispatch import Plan
@@ -46,9 +46,16 @@ class AllToAllDispatcher:
         plan = Plan(weight_TK, (order_R, inverse_TK, by_expert_R, sent, received))
         return rows[by_expert_R], count_WL.sum(0), plan
 
+    def row_weights(self, plan: Plan) -> Tensor:
+        """(R,): the gate's weight of each row that is here, sent after the rows."""
+        assert plan.weight is not None, "the plan's weight was taken out"
+        order_R, inverse_TK, by_expert_R, sent, received = plan.detail
+        weight_R = weight_of_rows(plan.weight, order_R, inverse_TK)
+        return _AllToAll.apply(weight_R, sent, received, self.group)[by_expert_R]
+
     def combine(self, rows_RD: Tensor, plan: Plan) -> Tensor:
-        """(T, D): rows back to the ranks that sent them, and there the sum over a token's experts, weighted."""
-        assert plan.weight is not None, "the plan came without its weights"
+        """(T, D): rows back to the ranks that sent them, and there the sum over a token's experts, weighted if the plan
+        has weights."""
         order_R, inverse_TK, by_expert_R, sent, received = plan.detail
         back = torch.empty_like(by_expert_R)
         back[by_expert_R] = torch.arange(len(back), device=back.device)

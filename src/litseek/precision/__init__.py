@@ -1,5 +1,6 @@
 """How numbers are stored and multiplied; injected into the model, which never asks (report §3.3)."""
 
-from litseek.precision.high import BF16, FP32, Precision
+from litseek.precision.copies import compute_copy
+from litseek.precision.high import BF16, FP32, Linear, Precision, operand
 
-__all__ = ["BF16", "FP32", "Precision"]
+__all__ = ["BF16", "FP32", "Linear", "Precision", "compute_copy", "operand"]

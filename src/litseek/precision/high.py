@@ -1,7 +1,7 @@
 """FP32 and BF16 arithmetic. Letters: R rows, E experts, F out, D in.
 
-Parameters are FP32 masters: what the optimizer steps and a checkpoint holds. BF16 copies are made where they are used,
-and their gradients are accumulated in FP32.
+Parameters are FP32 masters: what the optimizer steps and a checkpoint holds. Training reads BF16 copies of them that are
+made once (`Precision.attach`); elsewhere a product casts where it uses.
 """
 
 from __future__ import annotations
@@ -10,7 +10,10 @@ import torch
 import torch.nn.functional as F
 from litseek_kernels.ref.grouped_gemm import grouped_mm
 from litseek_kernels.ref.swiglu import swiglu
+from litseek_kernels.swiglu import swiglu as swiglu_rows
 from torch import Tensor, nn
+
+from litseek.precision.copies import attach_copy, compute_copy, refresh_copy
 
 
 class Linear(nn.Module):
@@ -22,14 +25,14 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(_cast(x, self.compute_dtype), _cast(self.weight, self.compute_dtype))
+        return F.linear(_cast(x, self.compute_dtype), operand(self.weight, self.compute_dtype))
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}"
 
 
 class Precision:
-    """What the model asks of a number format. FP8 will differ by ``role`` and by what it stores for backward."""
+    """What the model asks of a number format; formats differ by ``role`` and by what they store for backward."""
 
     name: str
     compute_dtype: torch.dtype
@@ -38,16 +41,31 @@ class Precision:
         """A Linear with an FP32 ``weight``. Roles: "linear", "head", "mtp" (eh_proj); the last two are always kept high."""
         return Linear(in_features, out_features, self.compute_dtype)
 
+    def attach(self, weight: nn.Parameter) -> None:
+        """Before a step: a copy of a product's weight in the compute dtype, fresh."""
+        if self.compute_dtype != weight.dtype and weight.dtype != torch.float64:
+            attach_copy(weight, self.compute_dtype)
+
+    def experts(
+        self, rows_RD: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor, count_E: Tensor, weight_R: Tensor | None = None
+    ) -> Tensor:
+        """(R, D): each row through its expert's SwiGLU feed-forward; rows are sorted by expert, count_E says how many
+        each has. ``weight_R``, the gate's, multiplies the hidden activation: the down-projection is linear, and so
+        nothing of its output has to be kept for the weights' gradient."""
+        hidden_RG = self.grouped_mm(rows_RD, gate_up_EGD, count_E)
+        weight_R = None if weight_R is None else weight_R.to(torch.promote_types(hidden_RG.dtype, torch.float32))
+        return self.grouped_mm(swiglu_rows(hidden_RG, weight_R), down_EDF, count_E)
+
     def grouped_mm(self, rows_RD: Tensor, weight_EFD: Tensor, count_E: Tensor) -> Tensor:
         """(R, F): row i times the matrix of its expert; rows are sorted by expert, count_E says how many each has."""
-        rows, weight = _cast(rows_RD, self.compute_dtype), _cast(weight_EFD, self.compute_dtype)
+        rows, weight = _cast(rows_RD, self.compute_dtype), operand(weight_EFD, self.compute_dtype)
         if rows.is_cuda and self.compute_dtype == torch.bfloat16:
             return F.grouped_mm(rows, weight.transpose(-2, -1), offs=count_E.cumsum(0).to(torch.int32))
         return grouped_mm(rows, weight, count_E)
 
-    def swiglu(self, gate_up_NF: Tensor) -> Tensor:
-        """silu(gate) * up of the two halves of the last dimension."""
-        return swiglu(*gate_up_NF.chunk(2, dim=-1))
+    def swiglu(self, gate_NF: Tensor, up_NF: Tensor) -> Tensor:
+        """silu(gate) * up of a dense feed-forward."""
+        return swiglu(gate_NF, up_NF)
 
     def pack(self, rows_RD: Tensor) -> tuple[Tensor, ...]:
         """What travels between ranks in dispatch."""
@@ -69,6 +87,14 @@ class BF16(Precision):
 
     name = "bf16"
     compute_dtype = torch.bfloat16
+
+
+def operand(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a product reads: the weight's copy in this dtype, or a cast made now."""
+    if not torch.compiler.is_compiling():  # compiled phases rely on `attach` before the step
+        refresh_copy(weight)
+    copy = compute_copy(weight)
+    return _cast(weight, dtype) if copy is None or copy.dtype != dtype else copy
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -23,6 +23,7 @@ from litseek.parallel import storage
 from litseek.parallel.checkpoint import CheckpointRef, load_weights
 from litseek.parallel.executor import Executor, State, StepResult
 from litseek.parallel.strategy import LitseekStrategy
+from litseek.precision import compute_copy
 from litseek.stages.accuracy import judge
 from litseek.stages.loader import Batch, TrainingBatches, ValidationBatches, micro_batches
 from litseek.stages.scores import Scores, labels_in
@@ -98,13 +99,14 @@ class StageModule(pl.LightningModule):
 
     def head_loss(self, hidden: State, micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean loss of a micro-batch from the head's inputs (report §2.2), and metrics that are averaged like it."""
-        weight, dtype = self.model.lm_head.weight, self.precision.compute_dtype
-        total = linear_cross_entropy(hidden["hidden"], weight, micro.labels, "sum", compute_dtype=dtype)
+        weight = self.model.lm_head.weight
+        form: Any = {"compute_dtype": self.precision.compute_dtype, "weight_copy_VD": compute_copy(weight)}
+        total = linear_cross_entropy(hidden["hidden"], weight, micro.labels, "sum", **form)
         main = total / max(micro.targets, 1.0)
         depths = [hidden[f"mtp.{k}"] for k in range(self.cfg.num_nextn_predict_layers)]
         if not depths:
             return main, {"loss/main": main.detach()}
-        mtp, _ = mtp_loss(depths, weight, micro.labels, micro.targets, micro.documents, compute_dtype=dtype)
+        mtp, _ = mtp_loss(depths, weight, micro.labels, micro.targets, micro.documents, **form)
         loss = main + at(self.mtp_weight, self.tokens_seen) * mtp
         return loss, {"loss/main": main.detach(), "loss/mtp": mtp.detach()}
 
@@ -279,6 +281,7 @@ class StageModule(pl.LightningModule):
 
     def score(self, batch: Batch, scores: Scores, executor: Executor | None = None) -> None:
         """Add the main head's token losses of held-out rows."""
+        self.model.attach()
         weight, dtype = self.model.lm_head.weight, self.precision.compute_dtype
 
         def head(state: State, micro: MicroBatch) -> None:

@@ -1,0 +1,56 @@
+"""Compute copies of FP32 masters: made once, followed by the optimizer, read by every product of a training step.
+
+A copy is an autograd leaf of its own. Its gradient is added to the master's in FP32 as soon as it is whole, so that
+clipping, reduction over ranks and the optimizer see ``param.grad`` of the master alone, summed over micro-batches in FP32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def attach_copy(master: nn.Parameter, dtype: torch.dtype) -> None:
+    """Give ``master`` a ``compute_copy`` of this dtype; one that is there already and fits stays."""
+    copy = getattr(master, "compute_copy", None)
+    if copy is not None and copy.dtype == dtype and copy.device == master.device:
+        refresh_copy(master)
+        return
+    copy = master.detach().to(dtype).requires_grad_(master.requires_grad)
+    if master.requires_grad:
+        copy.register_post_accumulate_grad_hook(lambda leaf: _hand_over(leaf, master))
+    dynamic: Any = master
+    dynamic.compute_copy = copy
+    mark_fresh(master)
+
+
+def compute_copy(master: Tensor) -> Tensor | None:
+    """What products read in the master's place, if it has one."""
+    return getattr(master, "compute_copy", None)
+
+
+def refresh_copy(master: Tensor) -> None:
+    """Copy again if the master was written (a checkpoint, an average of weights) since its copy was."""
+    copy: Any = compute_copy(master)
+    if copy is not None and copy.of_version != master._version:
+        with torch.no_grad():
+            copy.copy_(master)
+        mark_fresh(master)
+
+
+def mark_fresh(master: Tensor) -> None:
+    """Whoever wrote both master and copy says so."""
+    copy: Any = compute_copy(master)
+    if copy is not None:
+        copy.of_version = master._version
+
+
+def _hand_over(copy: Tensor, master: nn.Parameter) -> None:
+    grad, copy.grad = copy.grad, None
+    assert grad is not None
+    if master.grad is None:
+        master.grad = grad.to(master.dtype)
+    else:
+        master.grad.add_(grad)
