@@ -130,7 +130,6 @@ def refresh_copy(param: Tensor) -> None:
     if copy is not None:
         copy.copy_(param)
         mark_fresh(param)
-        copy.of_version = param._version
 
 
 def mark_fresh(param: Tensor) -> None:
