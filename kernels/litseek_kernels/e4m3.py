@@ -57,8 +57,10 @@ def tile_scale(bits, POWER_OF_TWO: tl.constexpr):
         inverse = (0x7F000000 - exponent).to(tl.float32, bitcast=True)
     else:
         inverse = _448_over(amax)
-    finite = bits < 0x7F800000
-    return tl.where(finite, scale, float("nan")), tl.where(finite, inverse, float("nan"))
+    if POWER_OF_TWO or INTERPRET:
+        finite = bits < 0x7F800000
+        scale, inverse = tl.where(finite, scale, float("nan")), tl.where(finite, inverse, float("nan"))
+    return scale, inverse  # compiled, the remainders of Inf are NaN already
 
 
 @triton.jit
@@ -89,7 +91,7 @@ def from_e4m3(code):
         normal = ((size << 20) + 0x3C000000).to(tl.float32, bitcast=True)
         value = tl.where(size < 8, size.to(tl.float32) * 0.001953125, normal)
         value = tl.where(size == 0x7F, float("nan"), value)
-        return tl.where(code >= 0x80, -value, value)
+        return (value.to(tl.int32, bitcast=True) | ((code & 0x80) << 24)).to(tl.float32, bitcast=True)
     else:
         return code.to(tl.float8e4nv, bitcast=True).to(tl.float32)
 
@@ -115,6 +117,12 @@ def pack_pair(low, x0, x1, FIRST: tl.constexpr):
             "{.reg .b16 a, b, z; cvt.rn.satfinite.e4m3x2.f32 b, $3, $2; mov.b32 {a, z}, $1; mov.b32 $0, {a, b};}",
             "=r,r,r,r", [low, x0, x1], dtype=tl.int32, is_pure=True, pack=1,
         )  # fmt: skip
+
+
+@triton.jit
+def pair_codes(x0, x1):
+    """E4M3 codes of x0 and, one byte up, of x1, as int32."""
+    return pack_pair(tl.zeros(x0.shape, tl.int32), x0, x1, True)
 
 
 @triton.jit

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from litseek_kernels.device import runs_kernel
-from litseek_kernels.e4m3 import INTERPRET, from_e4m3, magnitude, pack_pair, store_transposed, tile_scale, to_e4m3
+from litseek_kernels.e4m3 import INTERPRET, from_e4m3, magnitude, pair_codes, store_transposed, tile_scale, to_e4m3
 from litseek_kernels.layout import TILE, Layout
 from litseek_kernels.ref import swiglu as ref
 from litseek_kernels.ref.quantise import BLOCK, E4M3
@@ -391,7 +391,7 @@ def _backward_quantise_kernel(
     row = tile * 128 + 4 * tl.arange(0, 32)
     most_gate, most_up = tl.zeros((32, 128), tl.int32), tl.zeros((32, 128), tl.int32)
     most_a = tl.zeros((32, 128), tl.int32)
-    for j in tl.static_range(4):
+    for j in tl.range(0, 4, loop_unroll_factor=1):
         live, place = _rows_of(row + j, tile, R, begin_ptr, count_ptr, GROUPED)
         grad_gate, grad_up, activation, _ = _hidden(
             h_ptr, h_scale_ptr, grad_ptr, weight_ptr, place, row + j, live, tile_f, R, F, WEIGHTED
@@ -406,10 +406,9 @@ def _backward_quantise_kernel(
     tl.store(scale_t_ptr + wide_tile * 2 * F + f, gate_scale)
     tl.store(scale_t_ptr + wide_tile * 2 * F + F + f, up_scale)
     tl.store(a_scale_t_ptr + wide_tile * F + f, a_scale)
-    tl.debug_barrier()  # so that the second reading is not kept in registers
     gate_word, up_word = tl.zeros((32, 128), tl.int32), tl.zeros((32, 128), tl.int32)
     a_word = tl.zeros((32, 128), tl.int32)
-    for j in tl.static_range(0, 4, 2):
+    for j in tl.range(0, 4, 2, loop_unroll_factor=1):
         live0, place0 = _rows_of(row + j, tile, R, begin_ptr, count_ptr, GROUPED)
         live1, place1 = _rows_of(row + j + 1, tile, R, begin_ptr, count_ptr, GROUPED)
         gate0, up0, a0, weight0 = _hidden(
@@ -418,9 +417,9 @@ def _backward_quantise_kernel(
         gate1, up1, a1, weight1 = _hidden(
             h_ptr, h_scale_ptr, grad_ptr, weight_ptr, place1, row + j + 1, live1, tile_f, R, F, WEIGHTED
         )
-        gate_word = pack_pair(gate_word, gate0 * gate_inverse[None, :], gate1 * gate_inverse[None, :], j == 0)
-        up_word = pack_pair(up_word, up0 * up_inverse[None, :], up1 * up_inverse[None, :], j == 0)
-        a_word = pack_pair(a_word, a0 * a_inverse[None, :], a1 * a_inverse[None, :], j == 0)
+        gate_word |= pair_codes(gate0 * gate_inverse[None, :], gate1 * gate_inverse[None, :]) << (8 * j)
+        up_word |= pair_codes(up0 * up_inverse[None, :], up1 * up_inverse[None, :]) << (8 * j)
+        a_word |= pair_codes(a0 * a_inverse[None, :], a1 * a_inverse[None, :]) << (8 * j)
         _store_rows(codes_ptr, scale_ptr, gate0, row + j, R, f, tile_f, 2 * F, False)
         _store_rows(codes_ptr, scale_ptr, gate1, row + j + 1, R, f, tile_f, 2 * F, False)
         _store_rows(codes_ptr, scale_ptr, up0, row + j, R, F + f, tiles_f + tile_f, 2 * F, False)
