@@ -64,3 +64,15 @@ def test_gpu_values_are_averaged_beside_the_stream():
         plain.lerp_(value.cpu(), 1 - 0.9)
     ema.wait()
     torch.testing.assert_close(ema.average["w"], plain)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_an_update_that_is_not_finite_does_not_count(device):
+    ema, value = EMA(0.5), torch.zeros(3, device=device)
+    ema.start({"w": value})
+    for finite in (True, False, True):
+        value += 1
+        ema.update({"w": value}, torch.tensor(finite, device=device))
+        ema.wait_copied()
+    ema.wait()
+    assert ema.updates == 2 and ema.average["w"].tolist() == [0.25 + 1.5] * 3
