@@ -74,8 +74,11 @@ def swiglu_backward_quantise(
         found = ", ".join(map(_named, (h_codes, h_scale, grad_RF)))
         raise ValueError(f"h in FP8, its scales and the activation's gradient do not fit: {found}")
     begin, count = _tiles(h_codes, layout, weight_R)
-    *out, grad_weight = _swiglu_backward_quantise(h_codes, h_scale, grad_RF, begin, count, weight_R)
-    return HiddenGradients(*out, grad_weight if weight_R is not None else None)
+    a_t, a_scale_t, codes, scale, codes_t, scale_t, grad_weight = _swiglu_backward_quantise(
+        h_codes, h_scale, grad_RF, begin, count, weight_R
+    )
+    weight = None if weight_R is None else grad_weight
+    return HiddenGradients(a_t, a_scale_t, codes, scale, codes_t, scale_t, weight)
 
 
 def _tiles(h: Tensor, layout: Layout | None, weight_R: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -190,7 +193,9 @@ def _swiglu_backward_quantise(
     codes, scale = _empty_codes(grad, R, 2 * F)
     codes_t, scale_t = _empty_codes(grad, 2 * F, R)
     blocks = F // BLOCK
-    part = grad.new_zeros(blocks if weight is not None else 0, 0 if weight is None else weight.numel(), dtype=torch.float32)
+    part = grad.new_zeros(
+        blocks if weight is not None else 0, 0 if weight is None else weight.numel(), dtype=torch.float32
+    )
     if a_t.numel():
         _backward_quantise_kernel[(R // TILE * blocks,)](
             h_codes.view(torch.uint8), h_scale, grad.contiguous(), weight, tile_begin, tile_count,
