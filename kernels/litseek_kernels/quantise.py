@@ -250,8 +250,8 @@ def _rows_kernel(
     block_m = tl.program_id(0) // blocks_k
     first_tile = tl.program_id(0) % blocks_k * TILES
     tile = block_m * BLOCK_M // 128
-    if GROUPED:
-        if tl.load(count_ptr + tile) == 0:  # noqa: SIM102 (the outer condition is the compiler's)
+    if GROUPED:  # noqa: SIM102 (this condition is the compiler's)
+        if tl.load(count_ptr + tile) == 0:
             return
     row = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
     source, live = _source(row, tile, M, begin_ptr, count_ptr, index_ptr, GROUPED, GATHER)
@@ -307,8 +307,8 @@ def _both_kernel(
     blocks_k = tl.cdiv(K, 128)
     tile = tl.program_id(0) // blocks_k
     tile_k = tl.program_id(0) % blocks_k
-    if GROUPED:
-        if tl.load(count_ptr + tile) == 0:  # noqa: SIM102 (the outer condition is the compiler's)
+    if GROUPED:  # noqa: SIM102 (this condition is the compiler's)
+        if tl.load(count_ptr + tile) == 0:
             return
     k = tile_k * 128 + tl.arange(0, 128)
     row = tile * 128 + 4 * tl.arange(0, 32)

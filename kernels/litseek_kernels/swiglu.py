@@ -338,8 +338,8 @@ def _quantise_kernel(
     tile_f = tl.program_id(0) % tiles_f
     row = tl.program_id(0) // tiles_f * BLOCK_R + tl.arange(0, BLOCK_R)
     tile = tl.program_id(0) // tiles_f * BLOCK_R // 128
-    if GROUPED:
-        if tl.load(count_ptr + tile) == 0:  # noqa: SIM102 (the outer condition is the compiler's)
+    if GROUPED:  # noqa: SIM102 (this condition is the compiler's)
+        if tl.load(count_ptr + tile) == 0:
             return
     live, place = _rows_of(row, tile, R, begin_ptr, count_ptr, GROUPED)
     f = tile_f * 128 + tl.arange(0, 128)
@@ -389,8 +389,8 @@ def _backward_quantise_kernel(
     tiles_f = F // 128
     tile_f = tl.program_id(0) % tiles_f
     tile = tl.program_id(0) // tiles_f
-    if GROUPED:
-        if tl.load(count_ptr + tile) == 0:  # noqa: SIM102 (the outer condition is the compiler's)
+    if GROUPED:  # noqa: SIM102 (this condition is the compiler's)
+        if tl.load(count_ptr + tile) == 0:
             return
     f = tile_f * 128 + tl.arange(0, 128)
     row = tile * 128 + 4 * tl.arange(0, 32)
