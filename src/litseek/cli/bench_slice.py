@@ -20,7 +20,8 @@ from litseek.parallel.strategy import LitseekStrategy, recomputed
 class BlocksStep:
     """Calling it runs all blocks forward and backward once, through the executor, on random activations.
 
-    Weight gradients start from nothing, as in a step's first micro-batch.
+    Weight gradients start from nothing, as in a step's first micro-batch; what a precision keeps of the weights is made
+    once before, as for the many micro-batches of a step.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class BlocksStep:
         self.executor = Executor([_Input(self.x_BSD), *blocks], strategy.num_chunks, recomputed(strategy.recompute))
 
     def __call__(self) -> Tensor:
+        self.model.attach()
         for parameter in self.model.parameters():
             parameter.grad = None
         return self.executor.forward_backward(self.micros, self._head).loss
