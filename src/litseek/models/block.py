@@ -142,10 +142,14 @@ class Block(nn.Module):
     def _combine(self, state: State, micro: MicroBatch | None) -> State:
         used = ("rows", "plan", "shared")
         rest = {k: v for k, v in state.items() if k not in used}
-        x = state["x"] + self.dispatcher.combine(state["rows"], state["plan"]).view_as(state["x"])
-        return {**rest, "x": x + state["shared"] if "shared" in state else x}
+        y = self.dispatcher.combine(state["rows"], state["plan"]).view_as(state["x"])
+        return {**rest, "x": self.wrap(_sum)(state["x"], y, state.get("shared"))}
 
     def _dense(self, state: State, micro: MicroBatch | None) -> State:
         assert isinstance(self.mlp, SwiGLU)
         rest = {k: v for k, v in state.items() if k != "u"}
         return {**rest, "x": state["x"] + self.mlp(state["u"])}
+
+
+def _sum(x: Tensor, y: Tensor, z: Tensor | None) -> Tensor:
+    return x + y if z is None else x + y + z

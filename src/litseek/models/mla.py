@@ -43,7 +43,7 @@ class MLA(nn.Module):
         self.kv_a_proj_with_mqa = precision.linear(d, cfg.kv_lora_rank + cfg.qk_rope_head_dim)
         self.kv_a_layernorm = RMSNorm(cfg.kv_lora_rank, cfg.rms_norm_eps)
         self.kv_b_proj = precision.linear(cfg.kv_lora_rank, heads * (cfg.qk_nope_head_dim + cfg.v_head_dim))
-        self.o_proj = precision.linear(heads * cfg.v_head_dim, d)
+        self.o_proj = precision.linear(heads * cfg.v_head_dim, d, role="attention_out")
 
     def forward(self, x_BSD: Tensor, norm: nn.Module, rotary: Rotary, documents_BS: Tensor | None) -> Tensor:
         """Attention of ``norm(x)``; the norm comes in so that recompute covers it. ``rotary``: `rope.rotation`'s tables."""

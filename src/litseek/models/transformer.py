@@ -80,8 +80,8 @@ class Transformer(nn.Module):
     def attach(self) -> None:
         """Before a step, on the final device: keep the products' weights as the precision multiplies them. What is kept
         already is made again only where something but the optimizer (a checkpoint, an average) wrote the weight."""
-        for weight in self._product_weights():
-            self.precision.attach(weight)
+        for weight, role in self._product_weights():
+            self.precision.attach(weight, role)
 
     def compile_phases(self) -> None:
         """Compile the blocks' own work (torch.compile); layers of one kind share a graph."""
@@ -134,13 +134,13 @@ class Transformer(nn.Module):
         for router in self.balance_routers().values():
             router.e_score_correction_bias.zero_()
 
-    def _product_weights(self) -> Iterator[nn.Parameter]:
+    def _product_weights(self) -> Iterator[tuple[nn.Parameter, str]]:
         for module in self.modules():
             if isinstance(module, Linear):
-                yield module.weight
+                yield module.weight, module.role
             elif isinstance(module, Experts):
-                yield module.gate_up_proj
-                yield module.down_proj
+                yield module.gate_up_proj, "experts"
+                yield module.down_proj, "experts"
 
     def _blocks(self) -> list[Block]:
         return cast(list[Block], list(self.layers))

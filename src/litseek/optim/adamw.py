@@ -103,6 +103,7 @@ class AdamW(torch.optim.Optimizer):
                 finite=finite,
                 **setting,
             )
+            torch.autograd.graph.increment_version(params)  # autograd did not see the kernel write
             for param in params:
                 mark_fresh(param)
             return

@@ -6,6 +6,8 @@ made once (`Precision.attach`); elsewhere a product casts where it uses.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from litseek_kernels.ref.grouped_gemm import grouped_mm
@@ -19,8 +21,9 @@ from litseek.precision.copies import attach_copy, compute_copy, refresh_copy
 class Linear(nn.Module):
     """y = x W^T in the compute dtype; ``weight`` (out, in) is the FP32 master. No bias, as in the released model."""
 
-    def __init__(self, in_features: int, out_features: int, compute_dtype: torch.dtype):
+    def __init__(self, in_features: int, out_features: int, compute_dtype: torch.dtype, role: str = "linear"):
         super().__init__()
+        self.role = role
         self.in_features, self.out_features, self.compute_dtype = in_features, out_features, compute_dtype
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
 
@@ -38,11 +41,12 @@ class Precision:
     compute_dtype: torch.dtype
 
     def linear(self, in_features: int, out_features: int, role: str = "linear") -> Linear:
-        """A Linear with an FP32 ``weight``. Roles: "linear", "head", "mtp" (eh_proj); the last two are always kept high."""
-        return Linear(in_features, out_features, self.compute_dtype)
+        """A Linear with an FP32 ``weight``. Roles: "linear", "attention_out" (o_proj), "head", "mtp" (eh_proj); the last
+        two are always kept high."""
+        return Linear(in_features, out_features, self.compute_dtype, role)
 
-    def attach(self, weight: nn.Parameter) -> None:
-        """Before a step: a copy of a product's weight in the compute dtype, fresh."""
+    def attach(self, weight: nn.Parameter, role: str) -> None:
+        """Before a step: a copy of a product's weight in the compute dtype, fresh. Roles are `linear`'s and "experts"."""
         if self.compute_dtype != weight.dtype and weight.dtype != torch.float64:
             attach_copy(weight, self.compute_dtype)
 
@@ -60,7 +64,7 @@ class Precision:
         """(R, F): row i times the matrix of its expert; rows are sorted by expert, count_E says how many each has."""
         rows, weight = _cast(rows_RD, self.compute_dtype), operand(weight_EFD, self.compute_dtype)
         if rows.is_cuda and self.compute_dtype == torch.bfloat16:
-            return F.grouped_mm(rows, weight.transpose(-2, -1), offs=count_E.cumsum(0).to(torch.int32))
+            return _GroupedProduct.apply(rows, weight, count_E.cumsum(0).to(torch.int32))
         return grouped_mm(rows, weight, count_E)
 
     def swiglu(self, gate_NF: Tensor, up_NF: Tensor) -> Tensor:
@@ -87,6 +91,21 @@ class BF16(Precision):
 
     name = "bf16"
     compute_dtype = torch.bfloat16
+
+
+class _GroupedProduct(torch.autograd.Function):
+    """torch's grouped product; its own backward would return the weights' gradient transposed, one slow copy each."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_RD: Tensor, weight_EFD: Tensor, end_E: Tensor) -> Tensor:
+        ctx.save_for_backward(rows_RD, weight_EFD, end_E)
+        return F.grouped_mm(rows_RD, weight_EFD.transpose(-2, -1), offs=end_E)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        rows_RD, weight_EFD, end_E = ctx.saved_tensors
+        grad_RF = grads[0].contiguous()
+        return F.grouped_mm(grad_RF, weight_EFD, offs=end_E), F.grouped_mm(grad_RF.t(), rows_RD, offs=end_E), None
 
 
 def operand(weight: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,197 @@
+"""The report's FP8 recipe (§3.3): E4M3 everywhere, activations 1x128, weights 128x128, FP32 promotion every 128 of K.
+
+FP8 are the Linears of attention and feed-forward and the experts; embedding, head, MTP's projection, gate, norms and the
+attention core stay high. Masters are FP32; their codes are made once a step (`FP8.attach`). Kept for backward are codes:
+a Linear's input 128x1, SwiGLU's input 1x128 with its output recomputed, and the input of the Linear after attention 1x128
+with power-of-two scales, turned in backward. On a CPU the same recipe runs through the kernels' references.
+
+Letters: M rows, N out, K in, R rows of experts, E experts, D model, F hidden, G = 2 F.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from litseek_kernels.grouped_gemm import grouped_mm_fp8
+from litseek_kernels.grouped_wgrad import grouped_wgrad_fp8
+from litseek_kernels.layout import TILE, Layout, padded_capacity, row_layout
+from litseek_kernels.quantise import quantise_both, quantise_rows, quantise_weight, requantise_transposed
+from litseek_kernels.swiglu import swiglu_backward_quantise, swiglu_quantise
+from torch import Tensor, nn
+
+from litseek.precision.high import BF16, Linear
+
+HIGH = ("head", "mtp")
+"""Roles of Linears that stay in BF16."""
+
+
+class Codes(NamedTuple):
+    """A weight in FP8."""
+
+    codes: Tensor
+    """(..., N, K)."""
+    scale: Tensor
+    """(..., N / 128, K / 128) float32."""
+    codes_t: Tensor
+    """(..., K, N): the tensor cores want both operands with K innermost, so the input's gradient needs its own."""
+
+
+class FP8(BF16):
+    """FP8 products with FP32 masters. Refuses a GPU whose tensor cores the kernels are not written for."""
+
+    name = "fp8"
+
+    def linear(self, in_features: int, out_features: int, role: str = "linear") -> Linear:
+        if role in HIGH:
+            return super().linear(in_features, out_features, role)
+        return LinearFP8(in_features, out_features, self.compute_dtype, role)
+
+    def attach(self, weight: nn.Parameter, role: str) -> None:
+        if role in HIGH:
+            super().attach(weight, role)
+            return
+        check_device(weight.device)
+        if getattr(weight, "codes_of_version", None) != weight._version:
+            keep_codes(weight)
+
+    def experts(
+        self, rows_RD: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor, count_E: Tensor, weight_R: Tensor | None = None
+    ) -> Tensor:
+        rows_RD = rows_RD.to(self.compute_dtype)
+        return _Experts.apply(
+            rows_RD, gate_up_EGD, down_EDF, count_E, weight_R, *codes_of(gate_up_EGD), *codes_of(down_EDF)
+        )
+
+
+class LinearFP8(Linear):
+    """y = x W^T with both operands in FP8."""
+
+    def __init__(self, in_features: int, out_features: int, compute_dtype: torch.dtype, role: str):
+        super().__init__(in_features, out_features, compute_dtype, role)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows_MK = x.reshape(-1, x.shape[-1]).to(self.compute_dtype)
+        padding = -rows_MK.shape[0] % TILE
+        if padding:
+            rows_MK = F.pad(rows_MK, (0, 0, 0, padding))
+        turned = self.role == "attention_out"
+        out_MN = _Product.apply(rows_MK, self.weight, turned, *codes_of(self.weight))
+        return out_MN[: out_MN.shape[0] - padding].unflatten(0, x.shape[:-1])
+
+
+def keep_codes(weight: nn.Parameter) -> None:
+    """Quantise a master and keep the codes beside it; into the same memory when it has some."""
+    holder: Any = weight
+    made = Codes(*quantise_weight(weight.detach()))
+    kept = [getattr(weight, f"fp8_{name}", None) for name in Codes._fields]
+    for name, new, old in zip(Codes._fields, made, kept):
+        if old is not None and old.device == new.device:
+            old.copy_(new)
+        else:
+            setattr(holder, f"fp8_{name}", new)
+    holder.codes_of_version = weight._version
+
+
+def codes_of(weight: Tensor) -> Codes:
+    """The weight's codes as `FP8.attach` keeps them, or made now where it was not attached or has been written since."""
+    holder: Any = weight
+    if not torch.compiler.is_compiling() and getattr(weight, "codes_of_version", None) != weight._version:
+        return Codes(*quantise_weight(weight.detach()))
+    return Codes(holder.fp8_codes, holder.fp8_scale, holder.fp8_codes_t)
+
+
+def check_device(device: torch.device) -> None:
+    """ValueError on a GPU without the FP8 tensor cores that the kernels use."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) != (9, 0):
+        major, minor = torch.cuda.get_device_capability(device)
+        raise ValueError(
+            f"precision=fp8 needs a GPU of compute capability 9.0 (H100, H200, H800), {torch.cuda.get_device_name(device)} "
+            f"has {major}.{minor}; precision=bf16 runs on it."
+        )
+
+
+def _dense(codes_MK: Tensor, scale_kM: Tensor, weight_NK: Tensor, scale_nk: Tensor) -> Tensor:
+    one_J = torch.zeros(codes_MK.shape[0] // TILE, dtype=torch.int32, device=codes_MK.device)
+    return grouped_mm_fp8(codes_MK, scale_kM, weight_NK[None], scale_nk[None], one_J)
+
+
+def _dense_wgrad(grad_t: Tensor, grad_scale_t: Tensor, rows_t: Tensor, rows_scale_t: Tensor) -> Tensor:
+    rows = torch.tensor([0, 1], dtype=torch.int32, device=grad_t.device) * grad_t.shape[1]
+    return grouped_wgrad_fp8(grad_t, grad_scale_t, rows_t, rows_scale_t, rows)[0]
+
+
+class _Product(torch.autograd.Function):
+    """(M, N) of BF16 rows (M, K), M a multiple of 128, and a master (N, K) given with its codes."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows_MK: Tensor, weight: Tensor, turned: bool, codes: Tensor, scale: Tensor, codes_t: Tensor
+    ) -> Tensor:
+        ctx.turned = turned
+        if turned:
+            rows, rows_scale = kept = quantise_rows(rows_MK, power_of_two=True)
+        else:
+            rows, rows_scale, *kept = quantise_both(rows_MK)
+        ctx.save_for_backward(*kept, scale, codes_t)
+        return _dense(rows, rows_scale, codes, scale)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        rows_t, rows_scale_t, scale, codes_t = ctx.saved_tensors
+        if ctx.turned:
+            rows_t, rows_scale_t = requantise_transposed(rows_t, rows_scale_t)
+        grad, grad_scale, grad_t, grad_scale_t = quantise_both(grads[0].contiguous())
+        grad_rows = _dense(grad, grad_scale, codes_t, scale.t())
+        return grad_rows, _dense_wgrad(grad_t, grad_scale_t, rows_t, rows_scale_t), None, None, None, None
+
+
+class _Experts(torch.autograd.Function):
+    """(R, D) of compact BF16 rows: gate and up, SwiGLU times the gate's weight, down, all rows padded in between."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows_RD: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        count_E: Tensor,
+        weight_R: Tensor | None,
+        up_codes: Tensor,
+        up_scale: Tensor,
+        up_codes_t: Tensor,
+        down_codes: Tensor,
+        down_scale: Tensor,
+        down_codes_t: Tensor,
+    ) -> Tensor:
+        layout = row_layout(count_E, padded_capacity(rows_RD.shape[0], count_E.shape[0]))
+        rows, rows_scale, rows_t, rows_scale_t = quantise_both(rows_RD, layout=layout)
+        hidden = grouped_mm_fp8(rows, rows_scale, up_codes, up_scale, layout.tile_expert)
+        act, act_scale, kept, kept_scale = swiglu_quantise(hidden, layout=layout, weight_R=weight_R)
+        compact = (layout.tile_begin, layout.tile_count, rows_RD.shape[0])
+        out = grouped_mm_fp8(act, act_scale, down_codes, down_scale, layout.tile_expert, compact=compact)
+        ctx.num_rows = rows_RD.shape[0]
+        ctx.save_for_backward(
+            *(rows_t, rows_scale_t, kept, kept_scale, weight_R),
+            *(up_scale, up_codes_t, down_scale, down_codes_t, *layout),
+        )
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        rows_t, rows_scale_t, kept, kept_scale, weight_R, up_scale, up_codes_t, down_scale, down_codes_t, *rest = (
+            ctx.saved_tensors
+        )
+        layout = Layout(*rest)
+        grad, grad_scale, grad_t, grad_scale_t = quantise_both(grads[0].contiguous(), layout=layout)
+        grad_act = grouped_mm_fp8(grad, grad_scale, down_codes_t, down_scale.transpose(1, 2), layout.tile_expert)
+        hidden = swiglu_backward_quantise(kept, kept_scale, grad_act, layout=layout, weight_R=weight_R)
+        start = layout.padded_start_E
+        grad_down = grouped_wgrad_fp8(grad_t, grad_scale_t, hidden.activation_t, hidden.activation_scale_t, start)
+        compact = (layout.tile_begin, layout.tile_count, ctx.num_rows)
+        grad_rows = grouped_mm_fp8(
+            hidden.codes, hidden.scale, up_codes_t, up_scale.transpose(1, 2), layout.tile_expert, compact=compact
+        )
+        grad_up = grouped_wgrad_fp8(hidden.codes_t, hidden.scale_t, rows_t, rows_scale_t, start)
+        return grad_rows, grad_up, grad_down, None, hidden.weight, *(None,) * 6
