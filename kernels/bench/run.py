@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import gc
 import importlib.util
 import subprocess
 import sys
@@ -31,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser.parse_args(argv)
     if unknown := sorted(set(given.ops) - set(names())):
         parser.error(f"{unknown[0]} is not in {HERE.name}/: there are {', '.join(names()) or 'none'}")
+    if not has_gpu():
+        parser.error("kernels are timed on a GPU, and torch finds none here")
     return run(given.ops, given.results)
 
 
@@ -51,6 +54,7 @@ def run(ops: Sequence[str] = (), results: Path = RESULTS, folder: Path = HERE) -
             fresh.append(row | about)
         append(fresh, results)
         found += fresh
+        free()
     show(found, about)
     return int(failed)
 
@@ -67,6 +71,21 @@ def measure(path: Path) -> Iterator[dict[str, Any]]:
     except Exception as error:
         why = " ".join(str(error).split())[:200]
         yield {"op": path.stem, "note": f"FAILED: {type(error).__name__}: {why}"}
+
+
+def free() -> None:
+    """What one file held is no memory that the next one lacks."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def append(rows: Sequence[dict[str, Any]], results: Path) -> None:

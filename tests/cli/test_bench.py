@@ -126,6 +126,7 @@ def test_kernels_runs_the_files_of_kernels_bench(
     runner = bench._runner()
     asked: list[tuple[object, ...]] = []
     monkeypatch.setattr(bench, "_runner", lambda: runner)
+    monkeypatch.setattr(runner, "has_gpu", lambda: True)
     monkeypatch.setattr(runner, "run", lambda *given: asked.append(given) or int(len(asked) > 1))
     assert run(capsys, "what=kernels", f"results={tmp_path / 'k.csv'}")[0] == 0
     assert asked == [([], tmp_path / "k.csv")]

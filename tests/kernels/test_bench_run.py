@@ -47,3 +47,13 @@ def test_unknown_keys_and_ops_are_refused(bench, tmp_path: Path):
         bench.append([{"op": "add", "speed": 1}], tmp_path / "results.csv")
     with pytest.raises(SystemExit):
         bench.main(["no_such_op"])
+
+
+def test_every_file_of_the_folder_can_be_measured(bench):
+    """Imported here, measured on a GPU: each has rows()."""
+    assert bench.names()
+    for name in bench.names():
+        spec = importlib.util.spec_from_file_location(f"kernels_bench_{name}", PATH.parent / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        assert callable(module.rows), name

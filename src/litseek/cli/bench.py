@@ -35,7 +35,7 @@ COLUMNS = (
     *("tokens_per_s", "ms", "model_tflops", "mfu", "peak_gib", "ratio", "value", "note", "parts"),
     *("gpu", "torch", "triton", "litseek", "commit", "date"),
 )
-"""Of results.csv. `ratio`: our tokens/s over the peer's. `value`: the last loss. `parts`: a profile's, as JSON."""
+"""Of results.csv. `ratio`: our tokens/s, in the first of `precisions`, over the peer's. `value`: the last loss. `parts`: a profile's, as JSON."""
 TITLES = {
     "step": "training step: forward, backward, clip, optimizer, bias update",
     "slice": "forward and backward of MoE blocks: no network, no bubble",
@@ -62,7 +62,11 @@ def run(cfg: DictConfig) -> None:
 def check(cfg: DictConfig) -> None:
     """What can be refused before the first measurement: names, sizes, peers that are not installed."""
     if cfg.what == "kernels":
-        _runner()
+        runner = _runner()
+        if unknown := sorted(set(cfg.ops) - set(runner.names())):
+            raise Usage.nearest(f"ops names '{unknown[0]}'", unknown[0], runner.names())
+        if not runner.has_gpu():
+            raise LitseekError("what=kernels times on a GPU, and torch finds none here.")
         return
     for key in ("batch", "precisions"):
         if not numbers(cfg, key):
@@ -103,9 +107,10 @@ def _rows(cfg: DictConfig, device: torch.device) -> Iterator[dict[str, Any]]:
             yield row
         for peer in cfg.vs:
             row = _guarded(_peer, cfg, model, peer, batch, device)
-            first = next(iter(rates.values()))
-            if row["tokens_per_s"] and first:
-                row["ratio"] = round(first / row["tokens_per_s"], 4)
+            if row["tokens_per_s"]:
+                times = {name: rate / row["tokens_per_s"] for name, rate in rates.items() if rate}
+                row["ratio"] = next(iter(times.values()), None)
+                row["note"] += "".join(f"; ours in {name} is {x:.3f} times as fast" for name, x in times.items())
             yield row
 
 
@@ -260,8 +265,6 @@ def _version(package: str) -> str:
 
 def _kernels(cfg: DictConfig) -> None:
     runner = _runner()
-    if unknown := sorted(set(cfg.ops) - set(runner.names())):
-        raise Usage.nearest(f"ops names '{unknown[0]}'", unknown[0], runner.names())
     results = Path(cfg.results).expanduser() if cfg.results else runner.RESULTS
     if runner.run(list(cfg.ops), results):
         raise LitseekError(f"some of kernels/bench failed: {results} says which and why.")
