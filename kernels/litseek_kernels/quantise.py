@@ -213,7 +213,7 @@ def _reference(
             moved_scale = torch.where(moved_scale == 0, floor, moved_scale)
         moved_scale = moved_scale.t().contiguous()
         if rows:
-            out[:2] = moved.clone(), moved_scale
+            out[:2] = moved.clone(), moved_scale.clone()
         if columns:
             out[2:] = ref.requantise_transposed(moved, moved_scale)
         return out

@@ -191,6 +191,19 @@ def test_a_weight_block_with_inf_has_only_nan_codes(device):
     assert codes_t.float().t().isnan()[:128].all()
 
 
+def test_without_a_gpu_ops_are_their_references():
+    x = numbers((130, 192), torch.bfloat16)
+    layout = row_layout(torch.tensor([3, 127]), padded_capacity(130, 2))
+    wanted = *ref.quantise_rows(x, True), *ref.quantise_columns(x, True)
+    assert all_same(quantise_both(x, power_of_two=True), wanted)
+    codes, scale = quantise_rows(x, power_of_two=True)
+    assert all_same(requantise_both(codes, scale), (codes, scale, *ref.requantise_transposed(codes, scale)))
+    moved = requantise_both(codes, scale, layout=layout)
+    assert all_same(moved[:2], quantise_rows(x, power_of_two=True, layout=layout))
+    assert all_same(quantise_columns(x, layout=layout), quantise_both(x, layout=layout)[2:])
+    assert all_same(quantise_weight(x), ref.quantise_weight(x))
+
+
 def test_what_does_not_fit_is_named():
     with pytest.raises(ValueError, match=r"\(2, 3, 4\)"):
         quantise_rows(torch.zeros(2, 3, 4))

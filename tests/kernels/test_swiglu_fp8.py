@@ -96,6 +96,19 @@ def test_the_reference_against_float64():
     assert relative_error(grad_weight, exact_weight.grad) < 1e-5
 
 
+@pytest.mark.parametrize("grouped", [False, True])
+def test_without_a_gpu_ops_are_their_references(grouped):
+    layout, _, used, h, grad, weight = make([3, 130], 72, True, "cpu")
+    tiles = (layout.tile_begin, layout.tile_count) if grouped else (None, None)
+    layout = layout if grouped else None
+    weight = weight if grouped else torch.rand(len(h))
+    got, wanted = swiglu_quantise(h, layout=layout, weight_R=weight), ref.swiglu_quantise(h, *tiles, weight)
+    close(got[:2], wanted[:2], used, False)
+    gradients = swiglu_backward_quantise(*got[2:], grad, layout=layout, weight_R=weight)
+    exact = ref.swiglu_backward_quantise(*got[2:], grad, *tiles, weight)
+    assert all(torch.equal(a.float(), b.float()) for a, b in zip(gradients, exact, strict=True))
+
+
 def test_no_rows(device):
     layout = row_layout(torch.tensor([0, 0]).to(device), padded_capacity(0, 2))
     h = torch.randn(256, 256, device=device).bfloat16()
