@@ -83,7 +83,7 @@ class SwiGLU(nn.Module):
         self.down_proj = precision.linear(hidden, cfg.hidden_size)
 
     def forward(self, u: Tensor) -> Tensor:
-        return self.down_proj(self.precision.swiglu(self.gate_proj(u), self.up_proj(u)))
+        return self.precision.feed_forward(u, self.gate_proj, self.up_proj, self.down_proj)
 
 
 class MoE(nn.Module):

@@ -59,26 +59,39 @@ class FP8(BF16):
     def experts(
         self, rows_RD: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor, count_E: Tensor, weight_R: Tensor | None = None
     ) -> Tensor:
-        rows_RD = rows_RD.to(self.compute_dtype)
-        return _Experts.apply(
-            rows_RD, gate_up_EGD, down_EDF, count_E, weight_R, *codes_of(gate_up_EGD), *codes_of(down_EDF)
-        )
+        layout = row_layout(count_E, padded_capacity(rows_RD.shape[0], count_E.shape[0]))
+        codes = *codes_of(gate_up_EGD), *codes_of(down_EDF)
+        return _Experts.apply(rows_RD.to(self.compute_dtype), gate_up_EGD, down_EDF, weight_R, *codes, *layout)
+
+    def feed_forward(self, x: Tensor, gate: Linear, up: Linear, down: Linear) -> Tensor:
+        """One expert that sees every row; its gate and up halves are one product where their blocks can be stacked."""
+        if gate.out_features % TILE:
+            return super().feed_forward(x, gate, up, down)
+        rows_MK = _whole_tiles(x.to(self.compute_dtype))
+        codes = *_stacked(codes_of(gate.weight), codes_of(up.weight)), *codes_of(down.weight)
+        return _as_before(_FeedForward.apply(rows_MK, gate.weight, up.weight, down.weight, *codes), x)
 
 
 class LinearFP8(Linear):
     """y = x W^T with both operands in FP8."""
 
-    def __init__(self, in_features: int, out_features: int, compute_dtype: torch.dtype, role: str):
-        super().__init__(in_features, out_features, compute_dtype, role)
-
     def forward(self, x: Tensor) -> Tensor:
-        rows_MK = x.reshape(-1, x.shape[-1]).to(self.compute_dtype)
-        padding = -rows_MK.shape[0] % TILE
-        if padding:
-            rows_MK = F.pad(rows_MK, (0, 0, 0, padding))
+        rows_MK = _whole_tiles(x.to(self.compute_dtype))
         turned = self.role == "attention_out"
         out_MN = _Product.apply(rows_MK, self.weight, turned, *codes_of(self.weight))
-        return out_MN[: out_MN.shape[0] - padding].unflatten(0, x.shape[:-1])
+        return _as_before(out_MN, x)
+
+
+def _whole_tiles(x: Tensor) -> Tensor:
+    """(M, K) of (..., K), zero rows added up to a multiple of 128."""
+    rows_MK = x.reshape(-1, x.shape[-1])
+    padding = -rows_MK.shape[0] % TILE
+    return F.pad(rows_MK, (0, 0, 0, padding)) if padding else rows_MK
+
+
+def _as_before(out_MN: Tensor, x: Tensor) -> Tensor:
+    """Without those rows, in x's leading shape."""
+    return out_MN[: x.shape[:-1].numel()].unflatten(0, x.shape[:-1])
 
 
 def keep_codes(weight: nn.Parameter) -> None:
@@ -131,7 +144,8 @@ class _Product(torch.autograd.Function):
     ) -> Tensor:
         ctx.turned = turned
         if turned:
-            rows, rows_scale = kept = quantise_rows(rows_MK, power_of_two=True)
+            rows, rows_scale = quantise_rows(rows_MK, power_of_two=True)
+            kept = [rows, rows_scale]
         else:
             rows, rows_scale, *kept = quantise_both(rows_MK)
         ctx.save_for_backward(*kept, scale, codes_t)
@@ -148,50 +162,78 @@ class _Product(torch.autograd.Function):
 
 
 class _Experts(torch.autograd.Function):
-    """(R, D) of compact BF16 rows: gate and up, SwiGLU times the gate's weight, down, all rows padded in between."""
+    """(R, D) of compact BF16 rows through their experts, whose rows are padded in between."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        rows_RD: Tensor,
-        gate_up: Tensor,
-        down: Tensor,
-        count_E: Tensor,
-        weight_R: Tensor | None,
-        up_codes: Tensor,
-        up_scale: Tensor,
-        up_codes_t: Tensor,
-        down_codes: Tensor,
-        down_scale: Tensor,
-        down_codes_t: Tensor,
+        ctx: Any, rows_RD: Tensor, gate_up: Tensor, down: Tensor, weight_R: Tensor | None, *codes_and_layout: Tensor
     ) -> Tensor:
-        layout = row_layout(count_E, padded_capacity(rows_RD.shape[0], count_E.shape[0]))
-        rows, rows_scale, rows_t, rows_scale_t = quantise_both(rows_RD, layout=layout)
-        hidden = grouped_mm_fp8(rows, rows_scale, up_codes, up_scale, layout.tile_expert)
-        act, act_scale, kept, kept_scale = swiglu_quantise(hidden, layout=layout, weight_R=weight_R)
-        compact = (layout.tile_begin, layout.tile_count, rows_RD.shape[0])
-        out = grouped_mm_fp8(act, act_scale, down_codes, down_scale, layout.tile_expert, compact=compact)
-        ctx.num_rows = rows_RD.shape[0]
-        ctx.save_for_backward(
-            *(rows_t, rows_scale_t, kept, kept_scale, weight_R),
-            *(up_scale, up_codes_t, down_scale, down_codes_t, *layout),
-        )
+        up, low, layout = Codes(*codes_and_layout[:3]), Codes(*codes_and_layout[3:6]), Layout(*codes_and_layout[6:])
+        out, kept = _forward(rows_RD, weight_R, up, low, layout, layout)
+        ctx.save_for_backward(*kept)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        rows_t, rows_scale_t, kept, kept_scale, weight_R, up_scale, up_codes_t, down_scale, down_codes_t, *rest = (
-            ctx.saved_tensors
-        )
-        layout = Layout(*rest)
-        grad, grad_scale, grad_t, grad_scale_t = quantise_both(grads[0].contiguous(), layout=layout)
-        grad_act = grouped_mm_fp8(grad, grad_scale, down_codes_t, down_scale.transpose(1, 2), layout.tile_expert)
-        hidden = swiglu_backward_quantise(kept, kept_scale, grad_act, layout=layout, weight_R=weight_R)
-        start = layout.padded_start_E
-        grad_down = grouped_wgrad_fp8(grad_t, grad_scale_t, hidden.activation_t, hidden.activation_scale_t, start)
-        compact = (layout.tile_begin, layout.tile_count, ctx.num_rows)
-        grad_rows = grouped_mm_fp8(
-            hidden.codes, hidden.scale, up_codes_t, up_scale.transpose(1, 2), layout.tile_expert, compact=compact
-        )
-        grad_up = grouped_wgrad_fp8(hidden.codes_t, hidden.scale_t, rows_t, rows_scale_t, start)
-        return grad_rows, grad_up, grad_down, None, hidden.weight, *(None,) * 6
+        grad_rows, grad_up, grad_down, grad_weight = _backward(grads[0], ctx.saved_tensors, padded=True)
+        return grad_rows, grad_up, grad_down, grad_weight, *(None,) * 10
+
+
+class _FeedForward(torch.autograd.Function):
+    """(M, D) of BF16 rows, M a multiple of 128, through gate and up (F, D) and down (D, F)."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_MD: Tensor, gate: Tensor, up: Tensor, down: Tensor, *codes: Tensor) -> Tensor:
+        stacked, low = (Codes(*(part[None] for part in three)) for three in (codes[:3], codes[3:]))
+        out, kept = _forward(rows_MD, None, stacked, low, None, _one_expert(rows_MD))
+        ctx.save_for_backward(*kept)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad_rows, grad_up, grad_down, _ = _backward(grads[0], ctx.saved_tensors, padded=False)
+        return grad_rows, *grad_up[0].chunk(2), grad_down[0], *(None,) * 6
+
+
+def _stacked(gate: Codes, up: Codes) -> Codes:
+    """Codes of (2F, D): gate's rows first."""
+    codes, scale = torch.cat([gate.codes, up.codes]), torch.cat([gate.scale, up.scale])
+    return Codes(codes, scale, torch.cat([gate.codes_t, up.codes_t], dim=1))
+
+
+def _one_expert(rows_MD: Tensor) -> Layout:
+    """The layout of rows that all go to one expert and need no padding."""
+    tile = torch.arange(rows_MD.shape[0] // TILE, dtype=torch.int32, device=rows_MD.device)
+    start = torch.arange(2, dtype=torch.int32, device=rows_MD.device) * rows_MD.shape[0]
+    return Layout(torch.zeros_like(tile), start, tile * TILE, torch.full_like(tile, TILE))
+
+
+def _forward(
+    rows_RD: Tensor, weight_R: Tensor | None, up: Codes, down: Codes, padding: Layout | None, layout: Layout
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """Down(SwiGLU(gate and up)), SwiGLU's output times the gate's weight; and what backward needs. ``padding`` is the
+    layout where the rows need one."""
+    rows, rows_scale, rows_t, rows_scale_t = quantise_both(rows_RD, layout=padding)
+    hidden = grouped_mm_fp8(rows, rows_scale, up.codes, up.scale, layout.tile_expert)
+    act, act_scale, kept, kept_scale = swiglu_quantise(hidden, layout=padding, weight_R=weight_R)
+    compact = None if padding is None else (layout.tile_begin, layout.tile_count, rows_RD.shape[0])
+    out = grouped_mm_fp8(act, act_scale, down.codes, down.scale, layout.tile_expert, compact=compact)
+    weights = up.scale, up.codes_t, down.scale, down.codes_t
+    return out, (rows_t, rows_scale_t, kept, kept_scale, weight_R, *weights, *layout)
+
+
+def _backward(grad_RD: Tensor, kept: tuple[Tensor, ...], padded: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of the rows, of gate and up, of down, and of the gate's weights."""
+    rows_t, rows_scale_t, hidden, hidden_scale, weight_R, up_scale, up_codes_t, down_scale, down_codes_t = kept[:9]
+    layout = Layout(*kept[9:])
+    padding, start = layout if padded else None, layout.padded_start_E
+    grad, grad_scale, grad_t, grad_scale_t = quantise_both(grad_RD.contiguous(), layout=padding)
+    grad_act = grouped_mm_fp8(grad, grad_scale, down_codes_t, down_scale.transpose(1, 2), layout.tile_expert)
+    made = swiglu_backward_quantise(hidden, hidden_scale, grad_act, layout=padding, weight_R=weight_R)
+    grad_down = grouped_wgrad_fp8(grad_t, grad_scale_t, made.activation_t, made.activation_scale_t, start)
+    compact = (layout.tile_begin, layout.tile_count, grad_RD.shape[0]) if padded else None
+    grad_rows = grouped_mm_fp8(
+        made.codes, made.scale, up_codes_t, up_scale.transpose(1, 2), layout.tile_expert, compact=compact
+    )
+    grad_up = grouped_wgrad_fp8(made.codes_t, made.scale_t, rows_t, rows_scale_t, start)
+    return grad_rows, grad_up, grad_down, made.weight

@@ -67,9 +67,9 @@ class Precision:
             return _GroupedProduct.apply(rows, weight, count_E.cumsum(0).to(torch.int32))
         return grouped_mm(rows, weight, count_E)
 
-    def swiglu(self, gate_NF: Tensor, up_NF: Tensor) -> Tensor:
-        """silu(gate) * up of a dense feed-forward."""
-        return swiglu(gate_NF, up_NF)
+    def feed_forward(self, x: Tensor, gate: Linear, up: Linear, down: Linear) -> Tensor:
+        """A dense SwiGLU feed-forward (..., D): down(silu(gate(x)) * up(x))."""
+        return down(swiglu(gate(x), up(x)))
 
     def pack(self, rows_RD: Tensor) -> tuple[Tensor, ...]:
         """What travels between ranks in dispatch."""
