@@ -7,6 +7,7 @@ import torch
 
 from litseek.data.batch import MicroBatch
 from litseek.models.config import DeepSeekV3Config
+from litseek.models.rope import rotation
 from litseek.models.transformer import Transformer
 from tests.conformance.slow import YARN, Slow, model_of, random_tokens, tiny
 from tests.models.parity import relative
@@ -51,7 +52,7 @@ def attention(model: Transformer, x: torch.Tensor, positions=None, documents=Non
     """The attention of layer 0 on already normed states."""
     if positions is None:
         positions = torch.arange(x.shape[1])[None]
-    return model.layers[0].self_attn(x, torch.nn.Identity(), positions, documents)
+    return model.layers[0].self_attn(x, torch.nn.Identity(), rotation(model.cfg, positions), documents)
 
 
 def seen_by(module: torch.nn.Module, run) -> tuple[torch.Tensor, torch.Tensor]:

@@ -130,7 +130,7 @@ def test_report_4_3_positions_beyond_the_original_length_follow_the_formulas():
     model = model_of(tiny(rope_scaling=YARN)).eval()  # original length 16
     x = torch.randn(1, 5, 16)
     positions = [3, 90, 91, 400, 600]
-    out = model.layers[0].self_attn(x, torch.nn.Identity(), torch.tensor([positions]), None)
+    out = model.layers[0].self_attn(x, torch.nn.Identity(), rope.rotation(model.cfg, torch.tensor([positions])), None)
     expected = Slow(model).attention("layers.0.self_attn", list(x[0].double()), positions, [0] * 5)
     assert relative(out[0].double(), torch.stack(expected)) < 1e-4  # float32 angles
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
+from litseek_kernels.rope import mla_heads
 from torch import Tensor, nn
 
 from litseek.models.attention import causal_attention
@@ -104,15 +105,14 @@ class MLA(nn.Module):
     def _core(self, q_BSD: Tensor, kv_BSD: Tensor, rotary: Rotary, documents_BS: Tensor | None) -> Tensor:
         """Norms, up-projections, rotation, softmax attention: (B, S, H * V)."""
         cfg = self.cfg
-        q_nope, q_rope, c_kv, k_rope = self._latents(q_BSD, kv_BSD, rotary)
-        k_nope, v_BSHV = (
-            self.kv_b_proj(c_kv)
-            .unflatten(-1, (-1, cfg.qk_nope_head_dim + cfg.v_head_dim))
-            .split([cfg.qk_nope_head_dim, cfg.v_head_dim], dim=-1)
-        )
-        shared = k_rope[:, :, None].expand(-1, -1, cfg.num_attention_heads, -1)
-        q, k = torch.cat([q_nope, q_rope], dim=-1), torch.cat([k_nope, shared], dim=-1)
-        return causal_attention(q, k, v_BSHV, self.scale, documents_BS).flatten(-2)
+        if cfg.q_lora_rank is not None:
+            q_BSD = self.q_b_proj(self.q_a_layernorm(q_BSD))
+        elif self.recompute:
+            q_BSD = q_BSD.clone()  # the queries are rotated where they lie, and recompute wants them as they were
+        c_kv, k_rope = kv_BSD.split([cfg.kv_lora_rank, cfg.qk_rope_head_dim], dim=-1)
+        up_BSD = self.kv_b_proj(self.kv_a_layernorm(c_kv))
+        q, k, v = mla_heads(q_BSD, up_BSD, k_rope, *rotary, cfg.num_attention_heads)
+        return causal_attention(q, k, v, self.scale, documents_BS).flatten(-2)
 
     def _up_matrices(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """W_UK (H, N, R) and W_UV (H, V, R), the two halves of kv_b_proj."""
