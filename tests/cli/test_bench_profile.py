@@ -46,6 +46,7 @@ YARDSTICK = DeepSeekV3Config(
         ("nvjet_sm90_tst", ("aten::mm", "litseek::grouped_mm_fp8"), "grouped GEMM"),
         ("_split_kernel", ("litseek::linear_float32",), "permute, route"),
         ("_squares", (), "optimizer"),
+        ("an_fp8_product", ("aten::_scaled_mm_v2",), "dense GEMM"),
         ("something_nobody_knows", (), "rest"),
     ],
 )

@@ -27,6 +27,8 @@ class Rates:
     bf16: float
     fp8: float | None
     copy: float
+    size: int = 8192
+    """Of the square products that were timed."""
 
     @classmethod
     def measure(cls, device: torch.device, precision: str) -> Rates:
@@ -38,11 +40,11 @@ class Rates:
         source = torch.empty(2**28 if gpu else 2**20, device=device).normal_()
         target = torch.empty_like(source)
         copy = 2 * source.nbytes / median_ms(lambda: target.copy_(source)) / 1e6
-        return cls(bf16, fp8, copy)
+        return cls(bf16, fp8, copy, size)
 
     def __str__(self) -> str:
         fp8 = "" if self.fp8 is None else f", {self.fp8:.0f} in FP8"
-        return f"{self.bf16:.0f} TFLOP/s in BF16{fp8} (8192 cubed), copy {self.copy:.0f} GB/s"
+        return f"{self.bf16:.0f} TFLOP/s in BF16{fp8} ({self.size} cubed), copy {self.copy:.0f} GB/s"
 
 
 def _fp8_rate(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -54,7 +54,7 @@ RULES: tuple[tuple[str, str, str], ...] = (
     (
         "dense GEMM",
         r"gemm|nvjet|cutlass|wgmma|matmul|cublas|splitK|triton_tem\w*_mm",
-        r"^aten::(mm|addmm|bmm|_scaled_mm|matmul)$",
+        r"^aten::(mm|addmm|bmm|_?scaled_mm\w*|matmul)$",
     ),
     (
         "copies, casts",
