@@ -95,15 +95,9 @@ def _as_before(out_MN: Tensor, x: Tensor) -> Tensor:
 
 
 def keep_codes(weight: nn.Parameter) -> None:
-    """Quantise a master and keep the codes beside it; into the same memory when it has some."""
+    """Quantise a master and keep the codes beside it."""
     holder: Any = weight
-    made = Codes(*quantise_weight(weight.detach()))
-    kept = [getattr(weight, f"fp8_{name}", None) for name in Codes._fields]
-    for name, new, old in zip(Codes._fields, made, kept):
-        if old is not None and old.device == new.device:
-            old.copy_(new)
-        else:
-            setattr(holder, f"fp8_{name}", new)
+    holder.fp8_codes, holder.fp8_scale, holder.fp8_codes_t = quantise_weight(weight.detach())
     holder.codes_of_version = weight._version
 
 

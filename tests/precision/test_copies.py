@@ -1,0 +1,44 @@
+"""Copies of weights: what products read, and where their gradients arrive."""
+
+import torch
+from torch import nn
+
+from litseek.optim import AdamWConfig
+from litseek.precision import BF16, compute_copy, operand
+
+
+def made(seed: int = 0) -> nn.Linear:
+    linear = BF16().linear(24, 16)
+    nn.init.normal_(linear.weight, generator=torch.Generator().manual_seed(seed))
+    return linear
+
+
+def test_a_product_reads_the_copy_and_the_master_gets_float32_gradients():
+    linear, plain = made(), made()
+    BF16().attach(linear.weight, "linear")
+    x = torch.randn(5, 24)
+    for _ in range(2):  # two micro-batches add up
+        linear(x).float().square().sum().backward()
+        plain(x).float().square().sum().backward()
+    assert compute_copy(linear.weight).dtype == torch.bfloat16 and compute_copy(linear.weight).grad is None
+    assert linear.weight.grad.dtype == torch.float32
+    torch.testing.assert_close(linear.weight.grad, plain.weight.grad, rtol=1e-6, atol=0)
+
+
+def test_the_copy_follows_the_optimizer_and_a_loaded_checkpoint():
+    linear = made()
+    BF16().attach(linear.weight, "linear")
+    optimizer = AdamWConfig(lr=0.1).build(linear.named_parameters())
+    linear(torch.randn(5, 24)).float().sum().backward()
+    optimizer.step()
+    copy = compute_copy(linear.weight)
+    assert torch.equal(copy, linear.weight.bfloat16()) and copy.of_version == linear.weight._version
+    linear.load_state_dict(made(seed=1).state_dict())
+    assert torch.equal(operand(linear.weight, torch.bfloat16), linear.weight.bfloat16())
+    assert compute_copy(linear.weight) is copy
+
+
+def test_float64_weights_have_no_copy():
+    linear = made().double()
+    BF16().attach(linear.weight, "linear")
+    assert compute_copy(linear.weight) is None
