@@ -228,8 +228,8 @@ class Addresses:
 class MultiAdamW:
     """``ref.adamw_`` for lists of CUDA tensors: one launch for all of a kind, plus one that counts steps.
 
-    Keeps the table of addresses between steps, so that an unchanged list costs no copy. Bit-equal to the reference on
-    a CPU, except that ``beta ** step`` is computed on the device (float64, then rounded with the rest).
+    Keeps the table of addresses between steps, so that an unchanged list costs no copy. Every operation is rounded to
+    nearest as in the reference on a CPU (whose own root, MKL's, can miss by a unit in the last place).
     """
 
     def __init__(self) -> None:

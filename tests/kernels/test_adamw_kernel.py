@@ -1,7 +1,8 @@
 """The multi-tensor AdamW and norm against the reference on the CPU.
 
-On a GPU the step is bit-equal to it, but for a unit in the last place where the bias correction's power rounds
-differently; the interpreter has no fused multiply-add, which costs a unit more.
+On a GPU moments are bit-equal to it, and parameters to the reference with a root that is rounded to nearest: torch's on
+the CPU (MKL) misses by a unit in the last place now and then. The interpreter has no fused multiply-add, so that there a
+few units are allowed.
 """
 
 import pytest
@@ -18,7 +19,6 @@ ULP = 2.0**-23
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """Several blocks a tensor without large tensors."""
-    monkeypatch.setattr(kernel, "CHUNK", 4096)
     monkeypatch.setattr(kernel, "NORM_CHUNK", 4096)
 
 
@@ -80,7 +80,9 @@ def test_steps_equal_the_reference(device, moments, grads):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("moments", [torch.float32, torch.bfloat16])
-def test_on_a_gpu_the_steps_are_bit_equal_to_the_cpu(moments):
+def test_on_a_gpu_the_steps_are_bit_equal_to_the_cpu(moments, monkeypatch):
+    root = torch.sqrt
+    monkeypatch.setattr(torch, "sqrt", lambda x: root(x.double()).to(x.dtype))
     state = State(torch.device("cuda"), moments)
     for count in range(1, 9):
         given = state.gradients(torch.float32)
