@@ -1,5 +1,8 @@
 """Copies of weights: what products read, and where their gradients arrive."""
 
+import gc
+import weakref
+
 import torch
 from torch import nn
 
@@ -42,3 +45,13 @@ def test_float64_weights_have_no_copy():
     linear = made().double()
     BF16().attach(linear.weight, "linear")
     assert compute_copy(linear.weight) is None
+
+
+def test_a_model_and_its_copies_are_freed():
+    linear = made()
+    BF16().attach(linear.weight, "linear")
+    linear(torch.randn(5, 24)).float().sum().backward()
+    master = weakref.ref(linear.weight)
+    del linear
+    gc.collect()
+    assert master() is None

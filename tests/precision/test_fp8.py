@@ -143,3 +143,11 @@ def test_a_model_knows_what_stays_high_and_is_near_bf16():
             assert {"lm_head.weight", "embed_tokens.weight", "mtp.0.eh_proj.weight"} <= set(high)
             assert named["layers.1.mlp.experts.down_proj"].grad.dtype == torch.float32
     assert abs(losses["fp8"] / losses["bf16"] - 1) < 0.0025
+
+
+def test_the_weight_gradient_of_many_rows_is_a_sum_of_parts():
+    """A 192 x 256 matrix and 8192 rows: two tiles, so that the rows are split in four."""
+    made = linear(out=192)
+    x, grad = torch.randn(8192, 256).bfloat16(), torch.randn(8192, 192).bfloat16()
+    made(x).backward(grad)
+    assert relative_error(made.weight.grad, grad.double().T @ x.double()) < PRODUCT

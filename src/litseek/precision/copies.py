@@ -6,6 +6,7 @@ clipping, reduction over ranks and the optimizer see ``param.grad`` of the maste
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -20,7 +21,9 @@ def attach_copy(master: nn.Parameter, dtype: torch.dtype) -> None:
         return
     copy = master.detach().to(dtype).requires_grad_(master.requires_grad)
     if master.requires_grad:
-        copy.register_post_accumulate_grad_hook(lambda leaf: _hand_over(leaf, master))
+        # weakly: the hook is held where Python's collector does not look, and a cycle through it would never be freed
+        owner = weakref.ref(master)
+        copy.register_post_accumulate_grad_hook(lambda leaf: _hand_over(leaf, owner()))
     dynamic: Any = master
     dynamic.compute_copy = copy
     mark_fresh(master)
@@ -47,9 +50,9 @@ def mark_fresh(master: Tensor) -> None:
         copy.of_version = master._version
 
 
-def _hand_over(copy: Tensor, master: nn.Parameter) -> None:
+def _hand_over(copy: Tensor, master: nn.Parameter | None) -> None:
     grad, copy.grad = copy.grad, None
-    assert grad is not None
+    assert grad is not None and master is not None
     if master.grad is None:
         master.grad = grad.to(master.dtype)
     else:

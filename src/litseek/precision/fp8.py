@@ -10,6 +10,7 @@ Letters: M rows, N out, K in, R rows of experts, E experts, D model, F hidden, G
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +26,10 @@ from litseek.precision.high import BF16, Linear
 
 HIGH = ("head", "mtp")
 """Roles of Linears that stay in BF16."""
+
+
+PROGRAMS = 264
+"""Tiles that fill a GPU of 132 multiprocessors evenly enough."""
 
 
 class Codes(NamedTuple):
@@ -125,8 +130,12 @@ def _dense(codes_MK: Tensor, scale_kM: Tensor, weight_NK: Tensor, scale_nk: Tens
 
 
 def _dense_wgrad(grad_t: Tensor, grad_scale_t: Tensor, rows_t: Tensor, rows_scale_t: Tensor) -> Tensor:
-    rows = torch.tensor([0, 1], dtype=torch.int32, device=grad_t.device) * grad_t.shape[1]
-    return grouped_wgrad_fp8(grad_t, grad_scale_t, rows_t, rows_scale_t, rows)[0]
+    """(N, K). A small matrix has too few tiles for the GPU: the rows are then split into parts, whose sums are added."""
+    (N, M), K = grad_t.shape, rows_t.shape[0]
+    parts = max(1, min(PROGRAMS // (-(-N // 256) * -(-K // TILE)), M // (16 * TILE)))
+    edge = torch.arange(parts + 1, dtype=torch.int32, device=grad_t.device) * (M // TILE) // parts * TILE
+    sums = grouped_wgrad_fp8(grad_t, grad_scale_t, rows_t, rows_scale_t, edge)
+    return sums[0] if parts == 1 else sums.sum(0)
 
 
 class _Product(torch.autograd.Function):
@@ -186,7 +195,7 @@ class _FeedForward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_rows, grad_up, grad_down, _ = _backward(grads[0], ctx.saved_tensors, padded=False)
-        return grad_rows, *grad_up[0].chunk(2), grad_down[0], *(None,) * 6
+        return grad_rows, *grad_up.chunk(2), grad_down, *(None,) * 6
 
 
 def _stacked(gate: Codes, up: Codes) -> Codes:
@@ -220,14 +229,15 @@ def _backward(grad_RD: Tensor, kept: tuple[Tensor, ...], padded: bool) -> tuple[
     """Gradients of the rows, of gate and up, of down, and of the gate's weights."""
     rows_t, rows_scale_t, hidden, hidden_scale, weight_R, up_scale, up_codes_t, down_scale, down_codes_t = kept[:9]
     layout = Layout(*kept[9:])
-    padding, start = layout if padded else None, layout.padded_start_E
+    padding = layout if padded else None
     grad, grad_scale, grad_t, grad_scale_t = quantise_both(grad_RD.contiguous(), layout=padding)
     grad_act = grouped_mm_fp8(grad, grad_scale, down_codes_t, down_scale.transpose(1, 2), layout.tile_expert)
     made = swiglu_backward_quantise(hidden, hidden_scale, grad_act, layout=padding, weight_R=weight_R)
-    grad_down = grouped_wgrad_fp8(grad_t, grad_scale_t, made.activation_t, made.activation_scale_t, start)
+    wgrad = partial(grouped_wgrad_fp8, padded_start_E=layout.padded_start_E) if padded else _dense_wgrad
+    grad_down = wgrad(grad_t, grad_scale_t, made.activation_t, made.activation_scale_t)
     compact = (layout.tile_begin, layout.tile_count, grad_RD.shape[0]) if padded else None
     grad_rows = grouped_mm_fp8(
         made.codes, made.scale, up_codes_t, up_scale.transpose(1, 2), layout.tile_expert, compact=compact
     )
-    grad_up = grouped_wgrad_fp8(made.codes_t, made.scale_t, rows_t, rows_scale_t, start)
+    grad_up = wgrad(made.codes_t, made.scale_t, rows_t, rows_scale_t)
     return grad_rows, grad_up, grad_down, made.weight
