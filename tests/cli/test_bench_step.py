@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 
 from litseek.cli.bench_slice import BlocksStep
-from litseek.cli.bench_step import RandomTokens, TrainingStep, time_steps
+from litseek.cli.bench_step import RandomTokens, TrainingStep, free, time_steps
 from litseek.data.batch import IGNORE
 from litseek.models.config import DeepSeekV3Config
 from litseek.optim import AdamWConfig
 from litseek.parallel.strategy import LitseekStrategy
-from litseek.precision import FP32
+from litseek.precision import BF16, FP8, FP32
 
 CPU = torch.device("cpu")
 SMALL = DeepSeekV3Config(
     vocab_size=64, hidden_size=32, num_hidden_layers=2, first_k_dense_replace=1, num_nextn_predict_layers=1,
     intermediate_size=48, moe_intermediate_size=16, n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2,
-    n_group=2, topk_group=1, num_attention_heads=2, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8,
-    qk_rope_head_dim=8, v_head_dim=8, max_position_embeddings=64, initializer_range=0.1,
+    n_group=2, topk_group=1, num_attention_heads=2, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=16,
+    qk_rope_head_dim=16, v_head_dim=16, max_position_embeddings=64, initializer_range=0.1,
 )  # fmt: skip
 
 
@@ -104,6 +106,20 @@ def test_warm_up_is_not_counted():
 
     timing = time_steps(step, 2, 3, CPU)
     assert len(calls) == 5 and timing.value == 5.0 and timing.peak_gib is None
+
+
+@pytest.mark.parametrize("precision", [FP32, BF16, FP8])
+def test_nothing_of_a_step_stays(precision: type):
+    """Or the next row of a table would be measured with this one's weights in memory."""
+    step = TrainingStep(
+        SMALL, precision(), AdamWConfig(), LitseekStrategy(), batch=1, micro_batch=1, seq_len=16, device=CPU
+    )
+    step.prepare(1)
+    step()
+    held = [weakref.ref(p) for p in step.stage.model.parameters()]
+    del step
+    free()
+    assert not [ref for ref in held if ref() is not None]
 
 
 @pytest.mark.gpu

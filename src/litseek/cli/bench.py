@@ -121,8 +121,12 @@ def _guarded(
     ours = measure is _ours
     row = {"implementation": "litseek" if ours else name, "precision": name if ours else "bf16", "batch": batch}
     blank = dict.fromkeys(("tokens_per_s", "ms", "model_tflops", "mfu", "peak_gib", "value"))
+    left = torch.cuda.memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
     try:
-        return row | {"note": ""} | measure(cfg, model, name, batch, device)
+        row |= {"note": ""} | measure(cfg, model, name, batch, device)
+        if left > 0.1:  # it counts in peak_gib, so a row must not hide it
+            row["note"] += f"; {left:.1f} GiB were held before it began"
+        return row
     except torch.OutOfMemoryError as error:
         return row | blank | {"note": f"out of memory: {str(error).split('. ')[0]}"}
     finally:
