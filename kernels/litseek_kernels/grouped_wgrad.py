@@ -3,9 +3,11 @@
 Letters: E experts, N out, K in, R padded rows, C chunks of 128 of them.
 
 The kernel is Gluon for Hopper: a persistent program a multiprocessor, one warp that loads codes and scales through the
-copy engine, two warpgroups that multiply. A tile of dW is 256 x 128, because a 128 x 128 one reads more from L2 than L2
-gives (measured on an H200: its loads alone took 1.64 ms where the whole product may take 2). Each warpgroup has two
-times 64 rows, whose products share one partial of 64 registers; while it promotes, the other warpgroup's product runs.
+copy engine, two warpgroups that multiply. Each has two times 64 rows, whose products share one partial of 64 registers a
+thread; while it promotes, the other warpgroup's product runs.
+
+Measured on an H200 at 8 experts x 4096 rows, 4096 x 7168: 820 and 839 TFLOP/s. A 128 x 128 tile reached 690 to 880; its
+loads alone took as long as 1173 TFLOP/s, loads and products without promotion 1181, at 630 to 690 W of 700.
 """
 
 from __future__ import annotations
