@@ -4,8 +4,8 @@ Letters: R padded rows, E experts, N out, K in, k and n blocks of 128 of them; J
 
 The kernel is Gluon for Hopper: a persistent program a multiprocessor, one warp that loads through the copy engine, two
 warpgroups of 64 rows each that multiply. While one adds its partial product to its sums in FP32, the other's product
-runs; that hides the promotion in part only (without it the kernel is 22 to 36% faster, a loss that is open). A tile is
-128 x 256, which reads less from L2 than 128 x 128 does (5 to 20% slower); its two halves share one partial of 64
+runs; that hides the promotion in part only (without it the kernel is 19 to 36% faster: that loss is open). A tile is
+128 x 256, which reads less from L2 than 128 x 128 does (8 to 17% slower); its two halves share one partial of 64
 registers a thread.
 """
 
