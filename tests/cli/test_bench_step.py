@@ -62,10 +62,10 @@ def by_lightning(steps: int) -> list[float]:
 
 def test_the_step_is_the_stages_own():
     step = training()
-    step.prepare(4)
-    assert [float(step()) for _ in range(4)] == by_lightning(4)
+    step.prepare(3)  # odd: steps of one size cannot cancel in the biases
+    assert [float(step()) for _ in range(3)] == by_lightning(3)
     bias = step.stage.model.balance_routers()["layers.1.attend"].e_score_correction_bias
-    assert bias.abs().max() > 0 and step.done == 4 and not step.made
+    assert bias.abs().max() > 0 and step.done == 3 and not step.made
 
 
 def test_random_tokens_are_a_source():
