@@ -1,7 +1,10 @@
 """RMSNorm, alone or on a residual sum, forward and backward. Spec: ref.rmsnorm. Letters: N rows, D width, P programs.
 
 Backward reads each row once: the same pass writes the input's gradient and sums the weight's, each program over its
-own rows; a second, small sum over the programs makes that deterministic.
+own rows; a second, small sum over the programs makes that deterministic. Measured on H200 in us, beside torch.compile
+of the specification: backward of 32768 x 1536 112 (129), of 8192 x 7168 139 (193), forward on a sum 90 (109) and 104
+(126), calls' overhead in the rival's. Inside of a compiled block the compiler joins norms to their neighbours, so the
+model leaves them to it.
 """
 
 from __future__ import annotations
@@ -136,10 +139,16 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def _tile(width: int) -> tuple[int, int, int]:
-    """Rows a program takes at once, columns, warps: 16 numbers of each tensor a thread."""
+    """Rows that backward takes at once, columns, warps: 16 numbers of each tensor a thread."""
     block = triton.next_power_of_2(width)
     rows = max(1, 2048 // block)
     return rows, block, max(1, min(16, rows * block // 512))
+
+
+def _forward_tile(width: int) -> tuple[int, int, int]:
+    """The same of forward: two wide rows, which hide each other's reduction (54 for 61 us at 32768 x 1536 on H200)."""
+    block = triton.next_power_of_2(width)
+    return max(1 if block > 8192 else 2, 4096 // block), block, 4 if block <= 2048 else 8
 
 
 @torch.library.custom_op("litseek::rmsnorm", mutates_args=())
@@ -204,7 +213,7 @@ def _launch_forward(
 ) -> None:
     if not x_ND.numel():
         return
-    rows, block, warps = _tile(x_ND.shape[1])
+    rows, block, warps = _forward_tile(x_ND.shape[1])
     _forward[(triton.cdiv(len(x_ND), rows),)](
         *(x_ND, delta_ND, weight_D, total_ND, y_ND, rstd_N),
         *(len(x_ND), x_ND.stride(0), delta_ND.stride(0), x_ND.shape[1], eps),
