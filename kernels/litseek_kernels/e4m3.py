@@ -97,19 +97,32 @@ def from_e4m3(code):
 
 
 @triton.jit
-def pair_codes(x0, x1):
-    """E4M3 codes of x0 and, one byte up, of x1, as int32: two rows of the words that ``store_transposed`` takes.
+def pack_pair(low, x0, x1, FIRST: tl.constexpr):
+    """E4M3 codes of x0 and x1 in the lower (FIRST) or the upper half of a 32-bit word; ``low`` is what the lower half
+    holds when FIRST is false.
 
     Cast in pairs across rows: one instruction makes two codes in place. Packing codes that are stored elsewhere too is
     not only slower: ptxas 12.8 then reads registers that nothing wrote.
     """
     if INTERPRET:
-        return to_e4m3(x0).to(tl.int32) | (to_e4m3(x1).to(tl.int32) << 8)
-    else:
+        pair = to_e4m3(x0).to(tl.int32) | (to_e4m3(x1).to(tl.int32) << 8)
+        return pair if FIRST else low | (pair << 16)
+    elif FIRST:
         return tl.inline_asm_elementwise(
             "{.reg .b16 a, z; cvt.rn.satfinite.e4m3x2.f32 a, $2, $1; mov.b16 z, 0; mov.b32 $0, {a, z};}",
             "=r,r,r", [x0, x1], dtype=tl.int32, is_pure=True, pack=1,
         )  # fmt: skip
+    else:
+        return tl.inline_asm_elementwise(
+            "{.reg .b16 a, b, z; cvt.rn.satfinite.e4m3x2.f32 b, $3, $2; mov.b32 {a, z}, $1; mov.b32 $0, {a, b};}",
+            "=r,r,r,r", [low, x0, x1], dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def pair_codes(x0, x1):
+    """E4M3 codes of x0 and, one byte up, of x1, as int32."""
+    return pack_pair(tl.zeros(x0.shape, tl.int32), x0, x1, True)
 
 
 @triton.jit

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from litseek_kernels.device import runs_kernel
-from litseek_kernels.e4m3 import divide, from_e4m3, magnitude, pair_codes, store_transposed, tile_scale, to_e4m3
+from litseek_kernels.e4m3 import divide, from_e4m3, magnitude, pack_pair, store_transposed, tile_scale, to_e4m3
 from litseek_kernels.layout import TILE, Layout
 from litseek_kernels.ref import quantise as ref
 from litseek_kernels.ref.quantise import BLOCK, E4M3, block_grid
@@ -313,14 +313,15 @@ def _both_kernel(
     k = tile_k * 128 + tl.arange(0, 128)
     row = tile * 128 + 4 * tl.arange(0, 32)
     largest = tl.zeros((32, 128), tl.int32)
-    for j in tl.range(0, 4, loop_unroll_factor=1):
+    for j in tl.static_range(4):
         at, live = _source(row + j, tile, M, begin_ptr, count_ptr, index_ptr, GROUPED, GATHER)
         _, _, x = _quarter(x_ptr, stride_x, M_in, x_scale_ptr, at, live, k, tile_k, K, POWER_OF_TWO, CODES_IN)
         largest = tl.maximum(largest, magnitude(x))
     scale_t, inverse_t = tile_scale(tl.max(largest, 0), POWER_OF_TWO)
     tl.store(scale_t_ptr + tile.to(tl.int64) * K + k, scale_t, mask=k < K)
+    tl.debug_barrier()  # so that the compiler reads again instead of keeping everything
     word = tl.zeros((32, 128), tl.int32)
-    for j in tl.range(0, 4, 2, loop_unroll_factor=1):
+    for j in tl.static_range(0, 4, 2):
         at0, live0 = _source(row + j, tile, M, begin_ptr, count_ptr, index_ptr, GROUPED, GATHER)
         at1, live1 = _source(row + j + 1, tile, M, begin_ptr, count_ptr, index_ptr, GROUPED, GATHER)
         raw0, s0, x0 = _quarter(x_ptr, stride_x, M_in, x_scale_ptr, at0, live0, k, tile_k, K, POWER_OF_TWO, CODES_IN)
@@ -328,7 +329,7 @@ def _both_kernel(
         if ROWS:
             _store_quarter(raw0, s0, x0, row + j, k, tile_k, codes_ptr, scale_ptr, M, K, POWER_OF_TWO, CODES_IN)
             _store_quarter(raw1, s1, x1, row + j + 1, k, tile_k, codes_ptr, scale_ptr, M, K, POWER_OF_TWO, CODES_IN)
-        word |= pair_codes(x0 * inverse_t[None, :], x1 * inverse_t[None, :]) << (8 * j)
+        word = pack_pair(word, x0 * inverse_t[None, :], x1 * inverse_t[None, :], j == 0)
     store_transposed(codes_t_ptr, word, tile * 128, k, K, M, PACKED)
 
 
@@ -358,5 +359,6 @@ def _weight_kernel(w_ptr, codes_ptr, scale_ptr, codes_t_ptr, N, K, PACKED: tl.co
     tl.store(codes_ptr + at + 2 * K, to_e4m3(x2), mask=inside & (n + 2 < N)[:, None])
     tl.store(codes_ptr + at + 3 * K, to_e4m3(x3), mask=inside & (n + 3 < N)[:, None])
     size = expert * N * K // 4 if PACKED else expert * N * K
-    word = pair_codes(x0, x1) | (pair_codes(x2, x3) << 16)
+    word = pack_pair(x0, x0, x1, True)
+    word = pack_pair(word, x2, x3, False)
     store_transposed(codes_t_ptr + size, word, block_n * 128, k, K, N, PACKED)
