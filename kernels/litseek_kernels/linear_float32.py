@@ -4,6 +4,9 @@ ref.linear_float32. Letters: T rows, D in, E out.
 A float32 is the sum of three bfloat16 (24 = 3 x 8 bits of mantissa) and a product of two bfloat16 is exact in float32, so
 x W^T = x W0^T + x W1^T + x W2^T loses nothing but in its sums. Tensor cores cut bits when they add, so a sum over a
 block of the inner dimension goes to a float32 register sum of its own. No float32 copy of x is made or kept.
+
+On an H200, 32768 x 1536 by 64: torch's float32 product takes 325 us forward with its cast, 270 and 214 us backward; these
+kernels take 66-81 us each on average inside a training step.
 """
 
 from __future__ import annotations
