@@ -119,7 +119,11 @@ def _guarded(
 ) -> Any:
     """`measure`'s row, or one that says that memory did not suffice; either way nothing of it stays in memory."""
     ours = measure is _ours
-    row = {"implementation": "litseek" if ours else name, "precision": name if ours else "bf16", "batch": batch}
+    row: dict[str, Any] = {
+        "implementation": "litseek" if ours else name,
+        "precision": name if ours else "bf16",
+        "batch": batch,
+    }
     blank = dict.fromkeys(("tokens_per_s", "ms", "model_tflops", "mfu", "peak_gib", "value"))
     left = torch.cuda.memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
     try:
