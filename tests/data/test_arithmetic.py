@@ -127,3 +127,22 @@ def test_too_few_held_out_problems_is_an_error():
     tiny = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
     with pytest.raises(ValueError, match="500 were asked for"):
         Arithmetic("eval", options=tiny).held_out(500)
+
+
+def test_slips_are_one_step_off_by_one_and_always_the_same_answers():
+    right, problems = make(), make(slips=0.4)
+    wrong = 0
+    for i in range(300):
+        problem, wanted = problems[i], right[i]
+        assert problem.prompt == wanted.prompt and problem.solution == problems[i].solution
+        lines, sums = problem.solution.split("\n"), wanted.solution.split("\n")
+        if problems.score(problem, problem.solution) == 1.0:
+            assert lines == sums
+            continue
+        wrong += 1
+        off = [int(result) - eval(left) for left, _, result in (line.partition(" = ") for line in lines[:-1])]
+        assert sorted(map(abs, off)) == [*[0] * (len(off) - 1), 1]
+        assert lines[-1] == f"Answer: {lines[-2].split()[-1]}"
+    assert 90 <= wrong <= 150
+    with pytest.raises(ValueError, match=r"slips is 0\.3"):
+        make(slips=0.3, worked=False)

@@ -53,7 +53,8 @@ class Arithmetic:
 
     ``options`` are the task's own settings (its difficulty). ``worked`` writes steps before the answer.
     ``spaced_digits`` writes 12 as "1 2", so that a tokenizer that joins digits still shows each one to the model.
-    ``limit`` keeps only the first so many problems of the split and reshuffles them every epoch.
+    ``limit`` keeps only the first so many problems of the split and reshuffles them every epoch. ``slips`` is the share of
+    worked answers that are wrong, as answers that nobody verified are: one step off by one, the rest following from it.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Arithmetic:
         worked: bool = True,
         spaced_digits: bool = False,
         limit: int | None = None,
+        slips: float = 0.0,
         seed: int = 0,
     ):
         if split not in SPLITS:
@@ -72,6 +74,11 @@ class Arithmetic:
             raise ValueError(f"worked is true but task {task!r} has no worked steps, only {', '.join(WORKED_STEPS)}.")
         if limit is not None and limit < 1:
             raise ValueError(f"limit is {limit}, it must be at least 1 or null.")
+        if not 0 <= slips <= 1 or (slips and not worked):
+            raise ValueError(
+                f"slips is {slips}, it must be a share from 0 to 1 of worked answers (worked is {worked})."
+            )
+        self.slips = slips
         self.split, self.task, self.worked, self.limit, self.spaced_digits = split, task, worked, limit, spaced_digits
         self.options = dict(options or {})
         self._source = _create(task, self.options)
@@ -110,8 +117,14 @@ class Arithmetic:
     def problem(self, entry: dict[str, Any]) -> Problem:
         expression = entry["metadata"].get("expression")
         prompt = f"{expression} =" if self.task in WORKED_STEPS and expression else entry["question"]
-        steps = WORKED_STEPS[self.task](expression) if self.worked and expression else []
-        solution = "\n".join([*steps, f"{ANSWER_MARK} {entry['answer']}"])
+        answer, steps = entry["answer"], []
+        if self.worked and expression:
+            slip = _number("slip", problem_key(entry)) if self.slips else None
+            steps = WORKED_STEPS[self.task](
+                expression, slip if slip is not None and slip < self.slips * 2**32 else None
+            )
+            answer = steps[-1].rpartition(" ")[2] if steps else answer
+        solution = "\n".join([*steps, f"{ANSWER_MARK} {answer}"])
         if self.spaced_digits:
             prompt, solution = space_digits(prompt), space_digits(solution)
         return Problem(prompt, solution, entry)
@@ -151,14 +164,17 @@ def join_digits(text: str) -> str:
     return re.sub(r"(?<=\d) (?=\d)", "", text)
 
 
-def chain_sum_steps(expression: str) -> list[str]:
-    """One line a term: "3 + 4 = 7", "7 - 9 = -2"."""
+def chain_sum_steps(expression: str, slip: int | None = None) -> list[str]:
+    """One line a term: "3 + 4 = 7", "7 - 9 = -2". A number for ``slip`` decides which line is off by one, and which way."""
     first, *rest = expression.split()
     total, lines = int(first), []
     if len(rest) % 2 or not set(rest[::2]) <= {"+", "-"}:
         raise ValueError(f"worked steps exist for sums of + and - alone, not for {expression!r}; set worked to false.")
+    wrong = None if slip is None or not rest else slip % (len(rest) // 2)
     for sign, term in zip(rest[::2], rest[1::2], strict=True):
         after = total + int(term) if sign == "+" else total - int(term)
+        if len(lines) == wrong:
+            after += 1 if (slip or 0) // 64 % 2 or not after else -1
         lines.append(f"{total} {sign} {term} = {after}")
         total = after
     return lines
