@@ -167,7 +167,7 @@ def join_digits(text: str) -> str:
 def chain_sum_steps(expression: str, slip: int | None = None) -> list[str]:
     """One line a term: "3 + 4 = 7", "7 - 9 = -2". A number for ``slip`` decides which line is off by one, and which way."""
     first, *rest = expression.split()
-    total, lines = int(first), []
+    total, lines = int(first), list[str]()
     if len(rest) % 2 or not set(rest[::2]) <= {"+", "-"}:
         raise ValueError(f"worked steps exist for sums of + and - alone, not for {expression!r}; set worked to false.")
     wrong = None if slip is None or not rest else slip % (len(rest) // 2)
