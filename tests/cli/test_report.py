@@ -201,6 +201,21 @@ def test_experiment_gets_table_csv_and_plots(tmp_path: Path):
     assert before == {path: path.read_bytes() for path in written}
 
 
+def test_experiment_against_an_arm(tmp_path: Path):
+    folder, runs = fake_experiment(tmp_path, {"aux_free": 0.0, "none": 0.3})
+    readme = folder / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    mark = text[text.index("<!-- results:begin") :].split("-->")[0]
+    readme.write_text(text.replace(mark, mark + "against=aux_free after=20 "), encoding="utf-8")
+    written = report_experiment(folder, runs)
+    assert "difference.png" in {p.name for p in written}
+    text = readme.read_text(encoding="utf-8")
+    assert "to `aux_free` of the same seed" in text and "`seeds of aux_free` at most" in text
+    readme.write_text(text.replace("after=20", "after=late"), encoding="utf-8")
+    with pytest.raises(LitseekError, match="against=<arm> and after=<step>, found 'after=late'"):
+        report_experiment(folder, runs)
+
+
 def test_experiment_names_what_is_not_finished(tmp_path: Path):
     folder, runs = fake_experiment(tmp_path, {"aux_free": 0.0, "none": 0.3})
     (runs / "balance" / "none" / "seed=2" / "pretrain" / "receipt.json").unlink()

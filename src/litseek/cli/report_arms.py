@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
+from litseek.cli.report_difference import differences, draw, sentence
 from litseek.cli.report_figures import MUTED, SERIES, STYLE, panels, png, smooth
 from litseek.cli.report_page import device, duration, short, unique, versions, wall
 from litseek.cli.report_runs import StageRun, read_run
@@ -23,6 +24,8 @@ BEGIN = re.compile(r"<!-- results:begin(?P<options>[^>]*?)-->")
 END = "<!-- results:end -->"
 MOST = 8
 """Columns a table shows when the README names none."""
+LIMIT = 0.25
+"""Percent: the report's bound on FP8's relative loss error (§3.3)."""
 UNITS = {
     "loss": "nats a token",
     "loss/main": "nats a token",
@@ -46,7 +49,8 @@ def report_experiment(folder: Path, runs: Path) -> list[Path]:
     """Writes results.csv, metrics.png, curves.png and the README's table. `runs` holds <folder>/<arm>/seed=<n>/<stage>.
 
     The README's own mark says what to show: `<!-- results:begin metrics=a,b curves=c -->`. Without `metrics=` the table
-    has the receipts' metrics, without `curves=` the loss is drawn.
+    has the receipts' metrics, without `curves=` the loss is drawn. `against=<arm>` adds the first curve's relative
+    difference to that arm, `after=<step>` leaves the warm-up out of it.
     """
     readme = folder / "README.md"
     text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
@@ -71,6 +75,19 @@ def report_experiment(folder: Path, runs: Path) -> list[Path]:
         png(lines(arms, curves), folder / "curves.png")
         written.append(folder / "curves.png")
         body += ["", f"![{', '.join(curves)} over training, mean and range of the seeds](curves.png)"]
+    if "against" in options:
+        (reference,), column = options["against"], (curves or ["loss"])[0]
+        first = int(options.get("after", ["0"])[0])
+        seeds = {arm.name: {s: c[2] for s, r in arm.seeds.items() if (c := r.column(column))} for arm in arms}
+        found = differences(seeds, reference, first)
+        png(draw(found, column, reference, LIMIT), folder / "difference.png")
+        written.append(folder / "difference.png")
+        body += [
+            "",
+            sentence(found, column, reference, first),
+            "",
+            f"![{column} relative to {reference}](difference.png)",
+        ]
     end = text.index(END, mark.end())
     readme.write_text(text[: mark.end()] + "\n" + "\n".join(body) + "\n" + text[end:], encoding="utf-8")
     return [*written, readme]
@@ -80,8 +97,14 @@ def parse_options(text: str, readme: Path) -> dict[str, list[str]]:
     options = {}
     for word in text.split():
         key, equals, value = word.partition("=")
-        if not equals or key not in ("metrics", "curves"):
-            raise LitseekError(f"{readme}: results:begin takes metrics=… and curves=…, found '{word}'.")
+        if (
+            not equals
+            or key not in ("metrics", "curves", "against", "after")
+            or (key == "after" and not value.isdigit())
+        ):
+            raise LitseekError(
+                f"{readme}: results:begin takes metrics=…, curves=…, against=<arm> and after=<step>, found '{word}'."
+            )
         options[key] = [name for name in value.split(",") if name]
     return options
 
