@@ -78,3 +78,15 @@ def test_start_reruns_from_there(finished: tuple[Path, str], runner: Runner) -> 
     said = runner.run(*WORDS, "run_dir=runs/one", "report=false", "sample=false", "sft.optim.lr=0.002", "start=grpo")
     assert said.count("skipped") == 4
     assert "runs/one/grpo: starts afresh because start=grpo asks for it" in said
+
+
+def test_a_damaged_receipt_stops_before_any_stage_runs(finished: tuple[Path, str], runner: Runner) -> None:
+    receipt = finished[0] / "grpo" / "receipt.json"
+    kept = receipt.read_bytes()
+    receipt.write_bytes(kept[:40])
+    try:
+        runner.start(*WORDS, "run_dir=runs/one", "report=false", "sample=false")
+        assert runner.wait() == 1
+    finally:
+        receipt.write_bytes(kept)
+    assert "grpo/receipt.json" in runner.log() and "skipped" not in runner.log()

@@ -178,3 +178,9 @@ def test_contradictions_are_refused_by_name(changes, words):
 def test_labels_of_a_plain_batch():
     micro = MicroBatch.of(torch.tensor([[3, 4, 5]]))
     assert micro.labels.tolist() == [[4, 5, IGNORE]] and micro.targets == 2
+
+
+def test_logits_past_the_range_are_refused():
+    model = Transformer(tiny_config(max_position_embeddings=8))
+    with pytest.raises(ValueError, match="tokens have 9 positions, model.max_position_embeddings=8"):
+        model.logits(torch.zeros(1, 9, dtype=torch.int64))

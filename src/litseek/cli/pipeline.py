@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from litseek.cli import compose, train
 from litseek.cli.folder import is_zero, say
 from litseek.cli.overrides import parse
+from litseek.cli.receipt import read_receipt
 from litseek.parallel.checkpoint import CheckpointRef, check_same_model
 
 RERUN = ".rerun"
@@ -24,6 +25,8 @@ RERUN = ".rerun"
 
 def run(cfg: DictConfig) -> None:
     """`cfg.jobs` holds each stage's configuration, composed and checked before the first one starts."""
+    for name in cfg.jobs:
+        read_receipt(Path(cfg.run_dir) / name)  # a damaged one stops here, not after hours in front of it
     request = rerun_request(Path(cfg.run_dir), cfg.start)
     asked = False
     for name, job in cfg.jobs.items():

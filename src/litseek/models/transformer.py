@@ -91,7 +91,12 @@ class Transformer(nn.Module):
                 module.compile_phases()
 
     def logits(self, tokens: Tensor) -> Tensor:
-        """(B, S) int64 -> (B, S, V) float32 of the main head: a plain view for evaluation."""
+        """(B, S) int64 -> (B, S, V) float32 of the main head: a plain view for evaluation. ValueError past the model's range."""
+        if tokens.shape[1] > self.cfg.max_position_embeddings:
+            raise ValueError(
+                f"tokens have {tokens.shape[1]} positions, model.max_position_embeddings={self.cfg.max_position_embeddings} "
+                "is the most that the model was made for."
+            )
         state: State = {}
         micro = MicroBatch.of(tokens)
         for phase in self.phases():
