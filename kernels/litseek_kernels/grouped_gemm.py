@@ -100,6 +100,10 @@ def _grouped_mm_op(
     return out
 
 
+grouped_mm_op = torch.ops.litseek.grouped_mm_fp8.default
+"""The operator, for policies that name what to keep."""
+
+
 @_grouped_mm_op.register_fake
 def _(codes, scale, weight, weight_scale, tile_expert, out_dtype, tile_begin, tile_count, rows):
     return codes.new_empty(rows, weight.shape[1], dtype=out_dtype)

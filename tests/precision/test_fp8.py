@@ -151,3 +151,42 @@ def test_the_weight_gradient_of_many_rows_is_a_sum_of_parts():
     x, grad = torch.randn(8192, 256).bfloat16(), torch.randn(8192, 192).bfloat16()
     made(x).backward(grad)
     assert relative_error(made.weight.grad, grad.double().T @ x.double()) < PRODUCT
+
+
+def test_linears_of_one_input_are_the_linears():
+    first, second = linear(out=192), linear(out=64)
+    x = torch.randn(3, 50, 256).bfloat16().requires_grad_()
+    grads = [torch.randn(3, 50, 192).bfloat16(), torch.randn(3, 50, 64).bfloat16()]
+    results = []
+    for run in (lambda: FP8().linears(x, first, second), lambda: (first(x), second(x))):
+        x.grad = first.weight.grad = second.weight.grad = None
+        outs = run()
+        torch.autograd.backward(outs, grads)
+        results.append([*outs, x.grad, first.weight.grad, second.weight.grad])
+    for ours, wanted in zip(*results):
+        torch.testing.assert_close(ours, wanted)
+
+
+def small_model(recompute: bool):
+    cfg = tiny_config(
+        hidden_size=128, moe_intermediate_size=128, intermediate_size=128, q_lora_rank=32, kv_lora_rank=32,
+        qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16, initializer_range=0.02,
+    )  # fmt: skip
+    model = build(cfg, FP8(), recompute, seed=1)
+    model.attach()
+    return model
+
+
+def test_recompute_changes_nothing():
+    results = []
+    micro = MicroBatch.of(torch.randint(97, (2, 64)))
+    for recompute in (False, True):
+        model = small_model(recompute)
+
+        def head(state, micro, model=model):
+            return model.head_logits(state["hidden"]).square().mean(), {}
+
+        loss = Executor(model.phases()).forward_backward([micro], head).loss
+        results.append([loss, *(weight.grad for weight in model.parameters())])
+    for kept, again in zip(*results):
+        torch.testing.assert_close(kept, again, rtol=0, atol=0)

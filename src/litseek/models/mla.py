@@ -33,7 +33,7 @@ class MLA(nn.Module):
 
     def __init__(self, cfg: DeepSeekV3Config, precision: Precision, recompute: bool = False):
         super().__init__()
-        self.cfg, self.recompute, self.scale = cfg, recompute, softmax_scale(cfg)
+        self.cfg, self.precision, self.recompute, self.scale = cfg, precision, recompute, softmax_scale(cfg)
         heads, d = cfg.num_attention_heads, cfg.hidden_size
         if cfg.q_lora_rank is None:
             self.q_proj = precision.linear(d, heads * cfg.qk_head_dim)
@@ -83,8 +83,9 @@ class MLA(nn.Module):
 
     def _down(self, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
         """The query's latent (or the query itself) before its norm, and [c_kv ; k_rope] before norm and rotation."""
-        query = self.q_proj(x_BSD) if self.cfg.q_lora_rank is None else self.q_a_proj(x_BSD)
-        return query, self.kv_a_proj_with_mqa(x_BSD)
+        query = self.q_proj if self.cfg.q_lora_rank is None else self.q_a_proj
+        q_BSD, kv_BSD = self.precision.linears(x_BSD, query, self.kv_a_proj_with_mqa)
+        return q_BSD, kv_BSD
 
     def _latents(self, q_BSD: Tensor, kv_BSD: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q_nope (B, S, H, N), rotated q_rope (B, S, H, r), normed c_kv (B, S, R), rotated k_rope (B, S, r)."""

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from litseek_kernels.grouped_gemm import grouped_mm_op
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 _aten = torch.ops.aten
@@ -16,7 +17,8 @@ _ATTENTION = {
     _aten._scaled_dot_product_flash_attention.default,
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
 }
-_PRODUCT = {_aten.mm.default}
+_PRODUCT = {_aten.mm.default, grouped_mm_op}
+"""BF16's and FP8's."""
 
 
 def keep_products(function: Callable[..., Any], *args: Any) -> Any:

@@ -53,6 +53,13 @@ class FP8(BF16):
             return super().linear(in_features, out_features, role)
         return LinearFP8(in_features, out_features, self.compute_dtype, role)
 
+    def linears(self, x: Tensor, *linears: Linear) -> tuple[Tensor, ...]:
+        """The input is quantised once for all, and its gradient summed in BF16."""
+        rows_MK = _whole_tiles(x.to(self.compute_dtype))
+        weights = [linear.weight for linear in linears]
+        codes = [part for weight in weights for part in codes_of(weight)]
+        return tuple(_as_before(out, x) for out in _Products.apply(rows_MK, len(weights), *weights, *codes))
+
     def attach(self, weight: nn.Parameter, role: str) -> None:
         if role in HIGH:
             super().attach(weight, role)
@@ -162,6 +169,28 @@ class _Product(torch.autograd.Function):
         grad, grad_scale, grad_t, grad_scale_t = quantise_both(grads[0].contiguous())
         grad_rows = _dense(grad, grad_scale, codes_t, scale.t())
         return grad_rows, _dense_wgrad(grad_t, grad_scale_t, rows_t, rows_scale_t), None, None, None, None
+
+
+class _Products(torch.autograd.Function):
+    """(M, N) for each of several masters (N, K), of the same BF16 rows."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_MK: Tensor, count: int, *weights_and_codes: Tensor) -> tuple[Tensor, ...]:
+        rows, rows_scale, *kept = quantise_both(rows_MK)
+        codes = weights_and_codes[count:]
+        ctx.save_for_backward(*kept, *codes[1::3], *codes[2::3])
+        return tuple(_dense(rows, rows_scale, *codes[3 * i : 3 * i + 2]) for i in range(count))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        rows_t, rows_scale_t, *codes = ctx.saved_tensors
+        count, grad_rows, grad_weights = len(grads), None, []
+        for one, scale, codes_t in zip(grads, codes[:count], codes[count:]):
+            grad, grad_scale, grad_t, grad_scale_t = quantise_both(one.contiguous())
+            part = _dense(grad, grad_scale, codes_t, scale.t())
+            grad_rows = part if grad_rows is None else grad_rows + part
+            grad_weights.append(_dense_wgrad(grad_t, grad_scale_t, rows_t, rows_scale_t))
+        return grad_rows, None, *grad_weights, *(None,) * (3 * count)
 
 
 class _Experts(torch.autograd.Function):

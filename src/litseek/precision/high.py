@@ -45,6 +45,10 @@ class Precision:
         two are always kept high."""
         return Linear(in_features, out_features, self.compute_dtype, role)
 
+    def linears(self, x: Tensor, *linears: Linear) -> tuple[Tensor, ...]:
+        """Several Linears of one input."""
+        return tuple(linear(x) for linear in linears)
+
     def attach(self, weight: nn.Parameter, role: str) -> None:
         """Before a step: a copy of a product's weight in the compute dtype, fresh. Roles are `linear`'s and "experts"."""
         if self.compute_dtype != weight.dtype and weight.dtype != torch.float64:
