@@ -90,3 +90,12 @@ def test_a_damaged_receipt_stops_before_any_stage_runs(finished: tuple[Path, str
     finally:
         receipt.write_bytes(kept)
     assert "grpo/receipt.json" in runner.log() and "skipped" not in runner.log()
+
+
+def test_every_stage_trains_in_fp8(runner: Runner) -> None:
+    """On a CPU the recipe runs through its references; checkpoints hold the FP32 masters whatever the precision."""
+    wide = ["model.qk_rope_head_dim=16", "precision=fp8", "run_dir=runs/fp8", "report=false"]
+    said = runner.run(*WORDS, *wide, "prompt=3 + 4 =")
+    assert set(receipts(runner.folder / "runs" / "fp8")) == set(STAGES) and "\n3 + 4 =\n" in said
+    index = json.loads(next((runner.folder / "runs/fp8/grpo").rglob("*.safetensors.index.json")).read_text())
+    assert not any("fp8" in name or "copy" in name for name in index["weight_map"])

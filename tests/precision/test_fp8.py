@@ -190,3 +190,9 @@ def test_recompute_changes_nothing():
         results.append([loss, *(weight.grad for weight in model.parameters())])
     for kept, again in zip(*results):
         torch.testing.assert_close(kept, again, rtol=0, atol=0)
+
+
+def test_odd_widths_are_refused_when_the_model_is_made():
+    with pytest.raises(ValueError, match="multiples of 16, a Linear of the model has 32 in and 24 out"):
+        FP8().linear(32, 24)
+    assert type(FP8().linear(32, 97, role="head")) is not LinearFP8

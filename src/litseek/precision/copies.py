@@ -17,8 +17,10 @@ def attach_copy(master: nn.Parameter, dtype: torch.dtype) -> None:
     """Give ``master`` a ``compute_copy`` of this dtype; one that is there already and fits stays."""
     copy = getattr(master, "compute_copy", None)
     if copy is not None and copy.dtype == dtype and copy.device == master.device:
-        refresh_copy(master)
-        return
+        # a master that was frozen or freed since, or unpickled with its copy, needs one that hands gradients over or not
+        if bool(copy._post_accumulate_grad_hooks) == copy.requires_grad == master.requires_grad:
+            refresh_copy(master)
+            return
     copy = master.detach().to(dtype).requires_grad_(master.requires_grad)
     if master.requires_grad:
         # weakly: the hook is held where Python's collector does not look, and a cycle through it would never be freed
@@ -35,9 +37,11 @@ def compute_copy(master: Tensor) -> Tensor | None:
 
 
 def refresh_copy(master: Tensor) -> None:
-    """Copy again if the master was written (a checkpoint, an average of weights) since its copy was."""
+    """Copy again if the master was written (a checkpoint, an average of weights) since its copy was.
+
+    A write through ``master.data`` is the only one that cannot be seen."""
     copy: Any = compute_copy(master)
-    if copy is not None and copy.of_version != master._version:
+    if copy is not None and copy.of_version != version_of(master):
         with torch.no_grad():
             copy.copy_(master)
         mark_fresh(master)
@@ -47,7 +51,12 @@ def mark_fresh(master: Tensor) -> None:
     """Whoever wrote both master and copy says so."""
     copy: Any = compute_copy(master)
     if copy is not None:
-        copy.of_version = master._version
+        copy.of_version = version_of(master)
+
+
+def version_of(master: Tensor) -> tuple[int, int]:
+    """What changes whenever the master is written, or its ``data`` replaced, as by a move to another device."""
+    return master._version, master.data_ptr()
 
 
 def _hand_over(copy: Tensor, master: nn.Parameter | None) -> None:

@@ -22,12 +22,15 @@ from litseek_kernels.quantise import quantise_both, quantise_rows, quantise_weig
 from litseek_kernels.swiglu import swiglu_backward_quantise, swiglu_quantise
 from torch import Tensor, nn
 
+from litseek.precision.copies import version_of
 from litseek.precision.high import BF16, Linear
 
 HIGH = ("head", "mtp")
 """Roles of Linears that stay in BF16."""
 
 
+WIDTH = 16
+"""The products' and the transposed codes' rows start at multiples of 16 bytes."""
 PROGRAMS = 264
 """Tiles that fill a GPU of 132 multiprocessors evenly enough."""
 
@@ -51,6 +54,11 @@ class FP8(BF16):
     def linear(self, in_features: int, out_features: int, role: str = "linear") -> Linear:
         if role in HIGH:
             return super().linear(in_features, out_features, role)
+        if in_features % WIDTH or out_features % WIDTH:
+            raise ValueError(
+                f"precision=fp8 wants widths that are multiples of {WIDTH}, a Linear of the model has {in_features} in and "
+                f"{out_features} out; change the model's widths or use precision=bf16."
+            )
         return LinearFP8(in_features, out_features, self.compute_dtype, role)
 
     def linears(self, x: Tensor, *linears: Linear) -> tuple[Tensor, ...]:
@@ -65,7 +73,7 @@ class FP8(BF16):
             super().attach(weight, role)
             return
         check_device(weight.device)
-        if getattr(weight, "codes_of_version", None) != weight._version:
+        if getattr(weight, "codes_of_version", None) != version_of(weight):
             keep_codes(weight)
 
     def experts(
@@ -110,13 +118,14 @@ def keep_codes(weight: nn.Parameter) -> None:
     """Quantise a master and keep the codes beside it."""
     holder: Any = weight
     holder.fp8_codes, holder.fp8_scale, holder.fp8_codes_t = quantise_weight(weight.detach())
-    holder.codes_of_version = weight._version
+    holder.codes_of_version = version_of(weight)
 
 
 def codes_of(weight: Tensor) -> Codes:
     """The weight's codes as `FP8.attach` keeps them, or made now where it was not attached or has been written since."""
     holder: Any = weight
-    if not torch.compiler.is_compiling() and getattr(weight, "codes_of_version", None) != weight._version:
+    if not torch.compiler.is_compiling() and getattr(weight, "codes_of_version", None) != version_of(weight):
+        check_device(weight.device)
         return Codes(*quantise_weight(weight.detach()))
     return Codes(holder.fp8_codes, holder.fp8_scale, holder.fp8_codes_t)
 

@@ -117,7 +117,8 @@ def operand(weight: Tensor, dtype: torch.dtype) -> Tensor:
     if not torch.compiler.is_compiling():  # compiled phases rely on `attach` before the step
         refresh_copy(weight)
     copy = compute_copy(weight)
-    return _cast(weight, dtype) if copy is None or copy.dtype != dtype else copy
+    fits = copy is not None and copy.dtype == dtype and copy.device == weight.device
+    return copy if copy is not None and fits else _cast(weight, dtype)
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
