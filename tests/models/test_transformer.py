@@ -182,5 +182,5 @@ def test_labels_of_a_plain_batch():
 
 def test_logits_past_the_range_are_refused():
     model = Transformer(tiny_config(max_position_embeddings=8))
-    with pytest.raises(ValueError, match="tokens have 9 positions, model.max_position_embeddings=8"):
+    with pytest.raises(ValueError, match=r"tokens have 9 positions, model\.max_position_embeddings=8"):
         model.logits(torch.zeros(1, 9, dtype=torch.int64))
