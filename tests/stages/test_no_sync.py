@@ -11,7 +11,7 @@ from litseek.callbacks import Progress, RoutingStats, SpikeGuard, Throughput, We
 from litseek.errors import LitseekError
 from litseek.optim import MuonConfig
 from litseek.parallel import storage
-from litseek.precision import BF16
+from litseek.precision import BF16, FP8
 from litseek.stages.pretrain import Pretrain
 from litseek.stages.sft import Sft
 from tests.stages.fitting import fit, trainer
@@ -22,12 +22,12 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),
 ]
 GPU = dict(accelerator="gpu", log_every_n_steps=1000, val_check_interval=1000)
-WIDTHS = dict(qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16, hidden_size=64, moe_intermediate_size=32)
+WIDTHS = dict(qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16, hidden_size=64, moe_intermediate_size=128)
 
 
-def stage_of(cls, optim=None, data=None, **keys):
+def stage_of(cls, optim=None, data=None, precision=None, **keys):
     """Widths that the GPU's grouped products and attention take."""
-    return cls(toy_config(**WIDTHS), BF16(), optim or toy_optim(moments="bf16"), data or ToySource(),
+    return cls(toy_config(**WIDTHS), precision or BF16(), optim or toy_optim(moments="bf16"), data or ToySource(),
                **{"batch": 4, "micro_batch": 2, "seed": 3, **keys})  # fmt: skip
 
 
@@ -72,8 +72,9 @@ class Strict(Callback):
         (Pretrain, {}),
         (Pretrain, dict(optim=MuonConfig(lr=1e-3))),
         (Sft, dict(data=ToySource(documents=True))),
+        (Pretrain, dict(precision=FP8())),
     ],
-    ids=["pretrain", "muon", "sft"],
+    ids=["pretrain", "muon", "sft", "fp8"],
 )
 def test_a_step_makes_the_host_wait_for_nothing(cls, keys, tmp_path):
     strict, stage = Strict(), stage_of(cls, **keys)
