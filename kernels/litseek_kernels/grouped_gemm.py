@@ -11,8 +11,6 @@ registers a thread.
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 import triton
 from torch import Tensor
@@ -27,6 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from litseek_kernels.device import multiprocessors
 from litseek_kernels.ref import grouped_gemm as ref
 from litseek_kernels.ref.grouped_gemm import TILE
 
@@ -87,7 +86,7 @@ def _grouped_mm_op(
     if out.numel() == 0 or R == 0 or K == 0:
         return out.zero_()
     wide = out_dtype == torch.float32
-    grid = min(_multiprocessors(codes.device.index), R // TILE * triton.cdiv(N, 2 * TILE))
+    grid = min(multiprocessors(codes.device.index), R // TILE * triton.cdiv(N, 2 * TILE))
     _grouped_kernel[(grid,)](
         TensorDescriptor.from_tensor(codes, [HALF, TILE], CODES),
         TensorDescriptor.from_tensor(weight.view(E * N, K), [TILE, TILE], CODES),
@@ -107,15 +106,6 @@ grouped_mm_op = torch.ops.litseek.grouped_mm_fp8.default
 @_grouped_mm_op.register_fake
 def _(codes, scale, weight, weight_scale, tile_expert, out_dtype, tile_begin, tile_count, rows):
     return codes.new_empty(rows, weight.shape[1], dtype=out_dtype)
-
-
-@cache
-def _multiprocessors(device: int) -> int:
-    properties = torch.cuda.get_device_properties(device)
-    if (properties.major, properties.minor) != (9, 0):
-        raise ValueError(f"the FP8 product is written for compute capability 9.0, {properties.name} has "
-                         f"{properties.major}.{properties.minor}")  # fmt: skip
-    return properties.multi_processor_count
 
 
 def check(codes, scale, weight, weight_scale, tile_expert, out_dtype, tile_begin, tile_count) -> None:
