@@ -107,12 +107,18 @@ def toy_optim(**changes: Any) -> AdamWConfig:
 
 
 def toy_stage(
-    cls: type, *, model: dict[str, Any] | None = None, data: Any = None, optim: Any = None, **keys: Any
+    cls: type,
+    *,
+    model: dict[str, Any] | None = None,
+    precision: Any = None,
+    data: Any = None,
+    optim: Any = None,
+    **keys: Any,
 ) -> Any:
     """A stage over the toy source; ``model`` changes fields of the toy configuration."""
     return cls(
         toy_config(**(model or {})),
-        FP32(),
+        precision or FP32(),
         optim or toy_optim(),
         data or ToySource(),
         **{"batch": 4, "micro_batch": 2, "seed": 3, **keys},

@@ -7,13 +7,18 @@ import torch
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
+from litseek.models.transformer import build
 from litseek.optim import AdamWConfig
 from litseek.parallel import storage
 from litseek.parallel.strategy import LitseekStrategy
+from litseek.precision import BF16, FP8
 from litseek.stages.pretrain import Pretrain
 from tests.ranks import ranks
 from tests.stages.fitting import Losses, fit, trainer
 from tests.toy import ToySource, toy_optim, toy_stage
+
+WIDE = dict(qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16)
+"""Widths that FP8 takes."""
 
 
 class Hooks(Callback):
@@ -77,6 +82,32 @@ def test_a_users_scheduler_monitor_logger_and_model_checkpoint_work(tmp_path):
     t = trainer(tmp_path / "more", 9)
     t.fit(resumed, ckpt_path=keep.last_model_path)
     assert resumed.step == 9 and t.lr_scheduler_configs[0].scheduler.last_epoch == 9
+
+
+class WithFusedAdamW(Pretrain):
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.model.parameters(), lr=3e-3, fused=True)
+
+
+@pytest.mark.parametrize("precision", [BF16(), FP8()], ids=["bf16", "fp8"])
+def test_a_users_fused_optimizer_trains_the_weights_that_products_read(precision, tmp_path):
+    """Autograd does not see it write, and so it is told."""
+    stage = toy_stage(WithFusedAdamW, model=WIDE, precision=precision)
+    fit(stage, tmp_path, 2)
+    tokens = torch.randint(64, (2, 16))
+    fresh = build(stage.cfg, precision)
+    fresh.load_state_dict(stage.model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(stage.model.logits(tokens), fresh.logits(tokens))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("precision", [BF16(), FP8()], ids=["bf16", "fp8"])
+def test_training_after_a_validation_alone(precision, tmp_path):
+    """There Lightning is in inference mode, whose tensors no backward takes."""
+    stage = toy_stage(Pretrain, model=WIDE, precision=precision)
+    trainer(tmp_path, 1).validate(stage, verbose=False)
+    assert len(fit(stage, tmp_path, 1)) == 1
 
 
 class Poisoned(Pretrain):

@@ -3,6 +3,8 @@
 E4M3 rounds to 4 significant bits: an error of 2.6% of an operand's norm, 3.7% of a product's.
 """
 
+from functools import partial
+
 import pytest
 import torch
 from litseek_kernels.quantise import quantise_rows
@@ -196,3 +198,22 @@ def test_odd_widths_are_refused_when_the_model_is_made():
     with pytest.raises(ValueError, match="multiples of 16, a Linear of the model has 32 in and 24 out"):
         FP8().linear(32, 24)
     assert type(FP8().linear(32, 97, role="head")) is not LinearFP8
+
+
+def test_compiled_phases_see_weights_that_were_written(monkeypatch):
+    """They cannot tell by themselves, neither in the model's plain views nor where GRPO scores a new rollout."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    sizes = {key: 32 for key in ("q_lora_rank", "kv_lora_rank", "hidden_size", "intermediate_size")}
+    cfg = tiny_config(
+        **sizes, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16, moe_intermediate_size=32, num_hidden_layers=2
+    )
+    plain, compiled = build(cfg, FP8(), seed=1), build(cfg, FP8(), seed=1)
+    compiled.compile_phases()
+    compiled.attach()
+    tokens = torch.randint(cfg.vocab_size, (2, 16))
+    with torch.no_grad():
+        for _ in range(2):
+            assert torch.equal(compiled.logits(tokens), plain.logits(tokens))
+            for model in (plain, compiled):
+                for weight in model.parameters():
+                    weight.mul_(-1.5)

@@ -46,6 +46,7 @@ class Transformer(nn.Module):
         super().__init__()
         precision = precision or FP32()
         self.cfg, self.precision = cfg, precision
+        self.compiled = False
         aux = _aux_weight(cfg)
         self.embed_tokens = Embedding(cfg, precision)
         self.layers = nn.ModuleList(Block(cfg, i, precision, recompute, aux) for i in range(cfg.num_hidden_layers))
@@ -68,6 +69,7 @@ class Transformer(nn.Module):
 
     def forward(self, micro: MicroBatch) -> State:
         """All phases under plain autograd. Adds "aux" (sum of the auxiliary losses) and "loads" (phase name -> (E,))."""
+        self._attach_compiled()
         state: State = {}
         aux, loads = torch.zeros((), device=micro.tokens.device), {}
         for phase in self.phases():
@@ -77,6 +79,7 @@ class Transformer(nn.Module):
                 loads[phase.name] = state.pop("load")
         return {**state, "aux": aux, "loads": loads}
 
+    @torch.inference_mode(False)  # what is kept must serve the training that follows a validation
     def attach(self) -> None:
         """Before a step, on the final device: keep the products' weights as the precision multiplies them. What is kept
         already is made again only where something but the optimizer (a checkpoint, an average) wrote the weight."""
@@ -85,6 +88,7 @@ class Transformer(nn.Module):
 
     def compile_phases(self) -> None:
         """Compile the blocks' own work (torch.compile); layers of one kind share a graph."""
+        self.compiled = True
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         for module in self.modules():
             if isinstance(module, Block):
@@ -97,6 +101,7 @@ class Transformer(nn.Module):
                 f"tokens have {tokens.shape[1]} positions, model.max_position_embeddings={self.cfg.max_position_embeddings} "
                 "is the most that the model was made for."
             )
+        self._attach_compiled()
         state: State = {}
         micro = MicroBatch.of(tokens)
         for phase in self.phases():
@@ -146,6 +151,11 @@ class Transformer(nn.Module):
             elif isinstance(module, Experts):
                 yield module.gate_up_proj, "experts"
                 yield module.down_proj, "experts"
+
+    def _attach_compiled(self) -> None:
+        """Compiled phases take what is attached as it is, even of weights that were written since."""
+        if self.compiled:
+            self.attach()
 
     def _blocks(self) -> list[Block]:
         return cast(list[Block], list(self.layers))

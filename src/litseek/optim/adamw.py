@@ -137,7 +137,7 @@ def mark_fresh(param: Tensor) -> None:
     """The copy says of which version of the parameter it is, so that the model can tell a stale one."""
     copy: Any = compute_copy(param)
     if copy is not None:
-        copy.of_version = param._version
+        copy.of_version = param._version, param.data_ptr()  # as precision.copies.version_of, which is not below us
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

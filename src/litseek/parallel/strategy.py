@@ -258,6 +258,9 @@ class LitseekStrategy(ParallelStrategy):
             torch._foreach_mul_([p.grad for p in self._module.parameters() if p.grad is not None], scale)
         if finite is None or finite:
             optimizer.step(**kwargs)
+            if not isinstance(optimizer, AdamW):  # torch's fused ones write parameters behind autograd's back
+                params = [param for group in optimizer.param_groups for param in group["params"]]
+                torch.autograd.graph.increment_version(params)
 
     # -- checkpoints --------------------------------------------------------------------------------------------
 

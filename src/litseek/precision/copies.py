@@ -16,11 +16,13 @@ from torch import Tensor, nn
 def attach_copy(master: nn.Parameter, dtype: torch.dtype) -> None:
     """Give ``master`` a ``compute_copy`` of this dtype; one that is there already and fits stays."""
     copy = getattr(master, "compute_copy", None)
-    if copy is not None and copy.dtype == dtype and copy.device == master.device:
-        # a master that was frozen or freed since, or unpickled with its copy, needs one that hands gradients over or not
-        if bool(copy._post_accumulate_grad_hooks) == copy.requires_grad == master.requires_grad:
-            refresh_copy(master)
-            return
+    if (
+        copy is not None
+        and (copy.dtype, copy.device) == (dtype, master.device)
+        and _hands_over(copy) == master.requires_grad
+    ):
+        refresh_copy(master)
+        return
     copy = master.detach().to(dtype).requires_grad_(master.requires_grad)
     if master.requires_grad:
         # weakly: the hook is held where Python's collector does not look, and a cycle through it would never be freed
@@ -57,6 +59,11 @@ def mark_fresh(master: Tensor) -> None:
 def version_of(master: Tensor) -> tuple[int, int]:
     """What changes whenever the master is written, or its ``data`` replaced, as by a move to another device."""
     return master._version, master.data_ptr()
+
+
+def _hands_over(copy: Tensor) -> bool:
+    """Not so one whose master was frozen when it was made, nor one that was unpickled, which loses its hook."""
+    return copy.requires_grad and bool(copy._post_accumulate_grad_hooks)
 
 
 def _hand_over(copy: Tensor, master: nn.Parameter | None) -> None:

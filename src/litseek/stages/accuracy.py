@@ -12,6 +12,7 @@ from litseek.parallel.storage import replace_text
 def judge(stage: Any, accuracy: Any) -> dict[str, float]:
     """``eval/accuracy`` and what goes with it, equal on all ranks."""
     strategy = stage.strategy
+    stage.model.attach()  # or FP8 would quantise every weight for every token
     stage.model.eval()
     tally = accuracy(stage.model, stage.data.tokenizer, strategy.dp_rank, strategy.dp)
     stage.model.train()

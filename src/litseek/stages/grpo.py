@@ -173,6 +173,7 @@ class Grpo(StageModule):
             stop=(self.data.tokenizer.eos_id,),
             seed=stream_seed(self.seed, "rollout", index),
         )
+        self.model.attach()  # the last update's weights, which compiled phases would not see for themselves
         self.model.eval()
         asked = [p.ids for p in prompts[mine : mine + share] for _ in range(self.group)]
         found = Engine(self.model).generate(asked, sampling, self.max_generate, first=mine * self.group)
