@@ -41,6 +41,20 @@ def test_spike_guard_keeps_its_counts_over_a_resume():
     assert (again.skipped, again.in_a_row) == (4, 2)
 
 
+def test_spike_guard_that_resumes_at_its_limit_waits_for_one_more(tmp_path):
+    """As after a stop, with a lower rate: on a GPU a checkpoint may have been written before the host knew."""
+    for bad in (set(), {1}):
+        guard = SpikeGuard(limit=2)
+        guard.load_state_dict({"skipped": 2, "in_a_row": 2})
+        run = trainer(tmp_path, [guard], 3)
+        if bad:
+            with pytest.raises(LitseekError, match="Step 1 is the last of 3 in a row"):
+                run.fit(TinyStage(bad=bad))
+        else:
+            run.fit(TinyStage(bad=bad))
+            assert (guard.skipped, guard.in_a_row) == (2, 0)
+
+
 class Watch(WeightAverage):
     """Keeps what a plain average would be."""
 

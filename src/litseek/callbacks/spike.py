@@ -60,7 +60,7 @@ class SpikeGuard(Callback):
     def _count(self, step: int, result: Any) -> None:
         loss = result.loss.detach().double()
         if self._counts is None:
-            start = [self.skipped, self.in_a_row, self.in_a_row, 0, 0, 0]
+            start = [self.skipped, self.in_a_row, 0, 0, 0, 0]
             self._told = self.skipped
             self._counts = torch.stack([torch.full_like(loss, number) for number in start])
         skipped, row, longest, *_ = self._counts.unbind()
