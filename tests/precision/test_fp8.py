@@ -112,6 +112,11 @@ def test_codes_follow_the_master():
     assert torch.equal(made.weight.fp8_codes.float(), -kept.float())
 
 
+def test_a_linear_that_was_made_in_inference_mode():
+    with torch.inference_mode():
+        assert linear()(torch.randn(3, 256)).isfinite().all()
+
+
 def test_not_a_number_is_not_hidden():
     x = torch.randn(4, 256).bfloat16()
     x[1, 7] = float("nan")
