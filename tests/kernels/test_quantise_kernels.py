@@ -64,7 +64,7 @@ def test_the_reference_is_the_definition(power_of_two):
     for m in range(3):
         for t in range(3):
             tile = x[m, 128 * t : 128 * t + 128]
-            amax = max(tile.abs().max().item(), 1e-4)
+            amax = max(tile.abs().max().item(), ref.AMAX_FLOOR)
             exact = 2 ** math.ceil(math.log2(amax / 448)) if power_of_two else amax / 448
             assert scale[t, m].item() == pytest.approx(exact, rel=0 if power_of_two else 1e-7)
             # 3 bits after the leading one; below 2^-6 steps of 2^-9
@@ -95,13 +95,15 @@ def test_nan_and_inf_poison_their_tiles_and_nothing_else(device):
 def test_extreme_numbers_are_finite_and_zeros_stay(dtype, device):
     x = torch.zeros(16, 256)
     x[0, 0], x[0, 1] = torch.finfo(dtype).max, -torch.finfo(dtype).max
-    x[1, 3], x[2, 128:] = 1e-38, 1e-4
+    x[1, 3], x[2, 128:] = 1e-38, ref.AMAX_FLOOR
+    x[4, 7], x[5, 8:12] = 3e-7, torch.tensor([1e-10, 3e-12, 1e-16, 2e-18])  # gradients
     x = x.to(dtype)
     got = quantise_both(x.to(device))
     assert all_same(got, (*ref.quantise_rows(x), *ref.quantise_columns(x)))
     codes, scale = got[0].float().cpu(), got[1].cpu()
-    assert codes[0, 0] == 448 and codes[0, 1] == -448 and codes[1].abs().max() == 0 and codes[3:].abs().max() == 0
-    assert scale[0, 5] == torch.tensor(1e-4) / torch.full((), 448.0)
+    assert codes[0, 0] == 448 and codes[0, 1] == -448 and codes[1].abs().max() == 0 and codes[3].abs().max() == 0
+    assert codes[2, 128] == codes[4, 7] == codes[5, 8] == 448 and codes[6:].abs().max() == 0
+    assert scale[0, 6] == torch.tensor(ref.AMAX_FLOOR) / torch.full((), 448.0)
 
 
 def test_rows_of_a_wider_tensor_and_broken_strides(device):

@@ -112,6 +112,29 @@ def test_codes_follow_the_master():
     assert torch.equal(made.weight.fp8_codes.float(), -kept.float())
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("size", [1e-6, 1e-10, 1e-14])
+def test_small_gradients_are_as_exact_as_large_ones(size, device):
+    """A loss that is a mean over 63M tokens, the report's batch, has gradients near 1e-10."""
+    made, x = linear(device=device), torch.randn(128, 256, device=device).bfloat16().requires_grad_()
+    grad = (torch.randn(128, 192, device=device) * size).bfloat16()
+    made(x).backward(grad)
+    assert relative_error(x.grad, grad.double() @ made.weight.detach().double()) < PRODUCT
+    assert relative_error(made.weight.grad, grad.double().T @ x.detach().double()) < PRODUCT
+    weights = torch.randn(2, 256, 256, device=device) * 0.05, torch.randn(2, 256, 128, device=device) * 0.05
+    results = []
+    for precision in (FP8(), BF16()):
+        leaves = [t.detach().requires_grad_() for t in (x, *weights, torch.rand(128, device=device) + 0.5)]
+        torch.manual_seed(0)
+        y = precision.experts(
+            leaves[0], *leaves[1:3], torch.tensor([100, 28], device=device), leaves[3].detach().fill_(0.7)
+        )
+        y.backward((torch.randn(128, 256) * size).bfloat16().to(device))
+        results.append([leaf.grad for leaf in leaves[:3]])
+    for ours, wanted in zip(*results):
+        assert relative_error(ours, wanted) < EXPERTS
+
+
 def test_a_linear_that_was_made_in_inference_mode():
     with torch.inference_mode():
         assert linear()(torch.randn(3, 256)).isfinite().all()

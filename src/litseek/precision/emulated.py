@@ -17,7 +17,7 @@ from litseek.precision.fp8 import HIGH
 from litseek.precision.high import BF16, Linear, _GroupedProduct
 
 TILE = 128
-AMAX_FLOOR = 1e-4
+AMAX_FLOOR = 2.0**-64  # as litseek_kernels.ref.quantise
 E4M3_MAX = 448.0
 ALLOWED = {
     "activation": ("tile", "block", "tensor"),
