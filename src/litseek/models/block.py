@@ -91,7 +91,7 @@ class Block(nn.Module):
             Phase(f"{prefix}.attend", attend, (*attention, self.mlp.gate)),
             Phase(f"{prefix}.dispatch", self._dispatch, ()),
             Phase(f"{prefix}.experts", self.wrap(self._experts), (self.mlp.experts, *shared)),
-            Phase(f"{prefix}.combine", self._combine, ()),
+            Phase(f"{prefix}.combine", partial(self._combine, add=self.wrap(_sum)), ()),
         ]
 
     def compile_phases(self) -> None:
@@ -139,11 +139,11 @@ class Block(nn.Module):
             rest["shared"] = self.mlp.shared_experts(state["u"])
         return rest
 
-    def _combine(self, state: State, micro: MicroBatch | None) -> State:
+    def _combine(self, state: State, micro: MicroBatch | None, add: Callable[..., Tensor] | None = None) -> State:
         used = ("rows", "plan", "shared")
         rest = {k: v for k, v in state.items() if k not in used}
         y = self.dispatcher.combine(state["rows"], state["plan"]).view_as(state["x"])
-        return {**rest, "x": self.wrap(_sum)(state["x"], y, state.get("shared"))}
+        return {**rest, "x": (add or _sum)(state["x"], y, state.get("shared"))}
 
     def _dense(self, state: State, micro: MicroBatch | None) -> State:
         assert isinstance(self.mlp, SwiGLU)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from litseek.precision.fp8 import HIGH
 from litseek.precision.high import BF16, Linear, _GroupedProduct
@@ -37,6 +37,10 @@ class EmulatedFP8(BF16):
         for key, allowed in ALLOWED.items():
             if getattr(self, key) not in allowed:
                 raise ValueError(f"precision.{key} is '{getattr(self, key)}', allowed are {', '.join(allowed)}.")
+
+    def attach(self, weight: nn.Parameter, role: str) -> None:
+        if role in HIGH:  # the others are rounded from their masters at every use
+            super().attach(weight, role)
 
     def linear(self, in_features: int, out_features: int, role: str = "linear") -> Linear:
         if role in HIGH:
