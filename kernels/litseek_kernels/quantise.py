@@ -348,7 +348,7 @@ def _weight_kernel(w_ptr, codes_ptr, scale_ptr, codes_t_ptr, N, K, PACKED: tl.co
     x2 = tl.load(w_ptr + at + 2 * K, mask=inside & (n + 2 < N)[:, None], other=0.0).to(tl.float32)
     x3 = tl.load(w_ptr + at + 3 * K, mask=inside & (n + 3 < N)[:, None], other=0.0).to(tl.float32)
     largest = tl.maximum(tl.maximum(magnitude(x0), magnitude(x1)), tl.maximum(magnitude(x2), magnitude(x3)))
-    scale, _ = tile_scale(tl.max(tl.max(largest, 1), 0), False)
+    scale, _ = tile_scale(tl.maximum(tl.max(tl.max(largest, 1), 0), 0x38D1B717), False)  # 1e-4, ref.WEIGHT_FLOOR
     tl.store(scale_ptr + tl.program_id(0), scale)
     inverse = tl.div_rn(1.0, scale)
     divisor = tl.full((32, 128), 1.0, tl.float32) * scale

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from litseek_kernels.ref.quantise import AMAX_FLOOR, block_grid, dequantise_block, quantise_block, requantise_block
+from litseek_kernels.ref.quantise import block_grid, dequantise_block, quantise_block, requantise_block
 
 FP8 = torch.float8_e4m3fn
 
@@ -18,7 +18,7 @@ def by_hand(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     for i in range(scales.shape[0]):
         for j in range(scales.shape[1]):
             at = (slice(i * 128, i * 128 + 128), slice(j * 128, j * 128 + 128))
-            scales[i, j] = weight[at].abs().max().clamp_min(AMAX_FLOOR) / 448
+            scales[i, j] = weight[at].abs().max().clamp_min(1e-4) / 448
             codes[at] = (weight[at] / scales[i, j]).clamp(-448, 448).to(FP8)
     return codes, scales
 
@@ -42,9 +42,8 @@ def test_a_latent_projection_of_the_release_has_scales_5_x_56():
 
 def test_block_of_zeros_and_tiny_values_take_the_floor():
     codes, scale = quantise_block(torch.zeros(128, 128))
-    assert scale.item() == pytest.approx(AMAX_FLOOR / 448, rel=1e-6) and not codes.float().any()
-    assert quantise_block(torch.full((4, 4), 1e-30))[1].item() == pytest.approx(AMAX_FLOOR / 448, rel=1e-6)
-    assert quantise_block(torch.full((4, 4), 1e-7))[0].float().unique().item() == 448
+    assert scale.item() == pytest.approx(1e-4 / 448) and not codes.float().any()
+    assert quantise_block(torch.full((4, 4), 1e-7))[1].item() == pytest.approx(1e-4 / 448)
 
 
 def test_the_largest_value_becomes_448_and_nothing_overflows():

@@ -185,6 +185,16 @@ def test_weights_equal_the_reference(shape, dtype, device):
         assert same(one, ref.quantise_block(matrix)[0])
 
 
+def test_tiny_weights_take_the_released_floor(device):
+    weight = torch.full((128, 256), 1e-7)
+    weight[:, 128:] = 1e-3
+    codes, scale, _ = quantise_weight(weight.to(device))
+    wanted = ref.quantise_weight(weight)
+    assert all_same((codes, scale), wanted[:2])
+    assert scale[0].tolist() == pytest.approx([1e-4 / 448, 1e-3 / 448])
+
+
+
 def test_a_weight_block_with_inf_has_only_nan_codes(device):
     weight = torch.randn(256, 128)
     weight[5, 5] = torch.inf

@@ -18,6 +18,8 @@ E4M3_MAX = 448.0
 AMAX_FLOOR = 2.0**-64
 """A block's largest magnitude counts as at least this, so that a block of zeros has a scale. It must lie far below
 gradients: a loss that is a mean over 63M tokens, the report's batch, has them near 1e-10."""
+WEIGHT_FLOOR = 1e-4
+"""The same for a weight's block: the released quantiser's."""
 
 
 def quantise_block(weight_MN: Tensor, block: int = BLOCK) -> tuple[Tensor, Tensor]:
@@ -29,7 +31,7 @@ def quantise_block(weight_MN: Tensor, block: int = BLOCK) -> tuple[Tensor, Tenso
     assert weight_MN.ndim == 2, f"a matrix is wanted, got shape {tuple(weight_MN.shape)}"
     M, N = weight_MN.shape
     tiles = _tiles(weight_MN.float(), block)
-    amax = tiles.abs().amax(dim=(1, 3)).clamp_min(AMAX_FLOOR)
+    amax = tiles.abs().amax(dim=(1, 3)).clamp_min(WEIGHT_FLOOR)
     scale, _ = tile_scale(amax)
     codes = (tiles / scale[:, None, :, None]).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
     return _untiled(codes, M, N), scale
