@@ -27,8 +27,8 @@ class Throughput(Callback):
     """Logs ``throughput/tokens_per_s``, ``throughput/model_tflops`` and, on a known GPU, ``throughput/mfu``.
 
     Means over the last ``window`` steps, of all ranks together (MFU: per GPU). Data loading counts; validation and
-    checkpoints do not, nor do the first ``warmup`` steps. A GPU's own clock is read, and only where Lightning logs. FLOPs are the model's (``cfg.flops_per_token``), without
-    recompute. Stages that also generate say so with ``counts_flops = False`` and get tokens a second only.
+    checkpoints do not, nor do the first ``warmup`` steps. A GPU's own clock is read, and only where Lightning logs.
+    FLOPs are the model's (``cfg.flops_per_token``), without recompute. Stages that also generate say so with ``counts_flops = False`` and get tokens a second only.
     """
 
     def __init__(self, window: int = 10, warmup: int = 2, peak_tflops: float | None = None):

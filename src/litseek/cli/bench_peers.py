@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,7 +21,7 @@ from litseek.errors import LitseekError
 from litseek.models.config import DeepSeekV3Config
 
 
-class _Peer:
+class _Peer(ABC):
     """A BF16 model with fused AdamW on random tokens; calling it makes one step and returns the loss."""
 
     package: str
@@ -42,11 +43,11 @@ class _Peer:
         self.optimizer.zero_grad(set_to_none=True)
         return loss
 
-    def build(self, cfg: DeepSeekV3Config, seq_len: int, compile: bool) -> nn.Module:
-        raise NotImplementedError
+    @abstractmethod
+    def build(self, cfg: DeepSeekV3Config, seq_len: int, compile: bool) -> nn.Module: ...
 
-    def loss(self) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def loss(self) -> Tensor: ...
 
 
 class TorchTitan(_Peer):

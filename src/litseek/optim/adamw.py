@@ -10,6 +10,7 @@ from litseek_kernels.adamw import MultiAdamW
 from litseek_kernels.ref.adamw import adamw_
 from torch import Tensor, nn
 
+from litseek.copies import compute_copy, mark_fresh, refresh_copy
 from litseek.optim.schedules import LRSchedule
 
 MOMENTS = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -118,26 +119,6 @@ class AdamW(torch.optim.Optimizer):
 def gradient(param: Tensor) -> Tensor:
     assert param.grad is not None
     return param.grad
-
-
-def compute_copy(param: Tensor) -> Tensor | None:
-    """The BF16 tensor that products read in the parameter's place, if it has one."""
-    return getattr(param, "compute_copy", None)
-
-
-def refresh_copy(param: Tensor) -> None:
-    """After the parameter was written: its copy, if it has one, follows, and notes which writing it follows."""
-    copy: Any = compute_copy(param)
-    if copy is not None:
-        copy.copy_(param)
-        mark_fresh(param)
-
-
-def mark_fresh(param: Tensor) -> None:
-    """The copy says of which version of the parameter it is, so that the model can tell a stale one."""
-    copy: Any = compute_copy(param)
-    if copy is not None:
-        copy.of_version = param._version, param.data_ptr()  # as precision.copies.version_of, which is not below us
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from litseek.optim.adamw import MOMENTS, AdamW, AdamWConfig, gradient, refresh_copy
+from litseek.copies import refresh_copy
+from litseek.optim.adamw import MOMENTS, AdamW, AdamWConfig, gradient
 from litseek.optim.schedules import LRSchedule
 
 BUCKET = 2**26

@@ -1,6 +1,6 @@
 """How numbers are stored and multiplied; injected into the model, which never asks (report §3.3)."""
 
-from litseek.precision.copies import compute_copy
+from litseek.copies import compute_copy
 from litseek.precision.emulated import EmulatedFP8
 from litseek.precision.fp8 import FP8
 from litseek.precision.high import BF16, FP32, Linear, Precision, operand

@@ -11,14 +11,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from litseek_kernels.ref.quantise import AMAX_FLOOR, BLOCK, E4M3_MAX
 from torch import Tensor, nn
 
 from litseek.precision.fp8 import HIGH
 from litseek.precision.high import BF16, Linear, _GroupedProduct
 
-TILE = 128
-AMAX_FLOOR = 2.0**-64  # as litseek_kernels.ref.quantise
-E4M3_MAX = 448.0
 ALLOWED = {
     "activation": ("tile", "block", "tensor"),
     "gradient": ("tile", "block", "tensor"),
@@ -98,7 +96,7 @@ def rounded_as(x: Tensor, shares: str, dim: int) -> Tensor:
     if shares == "tensor":
         scale = wide.abs().amax().clamp_min(AMAX_FLOOR) / E4M3_MAX
         return _through_e4m3(wide, scale).to(torch.bfloat16)
-    height, width = (TILE, TILE) if shares == "block" else (1, TILE) if dim == -1 else (TILE, 1)
+    height, width = (BLOCK, BLOCK) if shares == "block" else (1, BLOCK) if dim == -1 else (BLOCK, 1)
     M, K = x.shape[-2:]
     tiles = F.pad(wide, (0, -K % width, 0, -M % height)).unflatten(-1, (-1, width)).unflatten(-3, (-1, height))
     scale = tiles.abs().amax(dim=(-1, -3), keepdim=True).clamp_min(AMAX_FLOOR) / E4M3_MAX

@@ -22,7 +22,7 @@ from litseek_kernels.quantise import quantise_both, quantise_rows, quantise_weig
 from litseek_kernels.swiglu import swiglu_backward_quantise, swiglu_quantise
 from torch import Tensor, nn
 
-from litseek.precision.copies import version_of
+from litseek.copies import version_of
 from litseek.precision.high import BF16, Linear
 
 HIGH = ("head", "mtp")

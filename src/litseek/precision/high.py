@@ -15,7 +15,7 @@ from litseek_kernels.ref.swiglu import swiglu
 from litseek_kernels.swiglu import swiglu as swiglu_rows
 from torch import Tensor, nn
 
-from litseek.precision.copies import attach_copy, compute_copy, refresh_copy
+from litseek.copies import attach_copy, compute_copy, refresh_copy
 
 
 class Linear(nn.Module):

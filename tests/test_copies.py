@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from litseek.copies import version_of
 from litseek.optim import AdamWConfig
 from litseek.precision import BF16, FP8, compute_copy, operand
-from litseek.precision.copies import version_of
 
 
 def made(seed: int = 0) -> nn.Linear:

@@ -43,7 +43,7 @@ def refresh_copy(master: Tensor) -> None:
 
     A write through ``master.data`` is the only one that cannot be seen."""
     copy: Any = compute_copy(master)
-    if copy is not None and copy.of_version != version_of(master):
+    if copy is not None and getattr(copy, "of_version", None) != version_of(master):
         with torch.no_grad():
             copy.copy_(master)
         mark_fresh(master)
