@@ -158,3 +158,8 @@ def test_the_mixture_config_mixes(tmp_path, library):
     made = instantiate(config)
     made.prepare(tmp_path / "cache")
     assert made.weights == {"library": 1, "files": 3} and made[5]["tokens"].shape == (64,)
+
+
+def test_a_corpus_beside_files_is_refused():
+    with pytest.raises(ValueError, match="take it away with ~data.corpus"):
+        FileSource(["a.jsonl"], corpus={"packages": ["json"]}, seq_len=8)

@@ -152,6 +152,10 @@ class FileSource(TextSource):
     """``TextSource`` over local files: ``data=jsonl data.files=[a.jsonl.xz,'b/*.jsonl']``."""
 
     def __init__(self, files: str | Sequence[str], field: str = "text", **text: Any):
+        if "corpus" in text:  # a preset may have set it for the standard library
+            raise ValueError(
+                "data.corpus goes with data=stdlib, this source reads data.files; take it away with ~data.corpus."
+            )
         super().__init__(Files(files, field), **text)
 
 
