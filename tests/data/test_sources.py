@@ -161,5 +161,5 @@ def test_the_mixture_config_mixes(tmp_path, library):
 
 
 def test_a_corpus_beside_files_is_refused():
-    with pytest.raises(ValueError, match="take it away with ~data.corpus"):
+    with pytest.raises(ValueError, match="leave the key, or the preset that sets it, out"):
         FileSource(["a.jsonl"], corpus={"packages": ["json"]}, seq_len=8)

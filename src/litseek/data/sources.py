@@ -154,7 +154,7 @@ class FileSource(TextSource):
     def __init__(self, files: str | Sequence[str], field: str = "text", **text: Any):
         if "corpus" in text:  # a preset may have set it for the standard library
             raise ValueError(
-                "data.corpus goes with data=stdlib, this source reads data.files; take it away with ~data.corpus."
+                "data.corpus goes with data=stdlib, this source reads data.files: leave the key, or the preset that sets it, out."
             )
         super().__init__(Files(files, field), **text)
 
