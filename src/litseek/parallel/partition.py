@@ -142,6 +142,9 @@ class Partition:
     """Every set of ranks that holds some tensor together: alike on all ranks."""
     owner: dict[str, tuple[Ranks, ...]]
     """For every tensor of the whole model, the replica sets that hold its rows, in order of rows."""
+    width: int
+    dtype: torch.dtype
+    """Of what one stage hands to the next."""
 
     @classmethod
     def plan(cls, model: Transformer, phases: Sequence[Phase], mesh: Mesh, layout: Layout, seq_len: int) -> Partition:
@@ -180,16 +183,19 @@ class Partition:
                 replicas = owner[name][mesh.ep_rank if name in split else 0]
                 placements[name] = Placement(name, shape, start, rows, replicas)
         names = tuple(tuple(phase.name for phase in stage) for stage in stages)
-        return cls(mesh, layout, names, placements, frozenset(r for sets in owner.values() for r in sets), owner)
+        sets = frozenset(replicas for of_one in owner.values() for replicas in of_one)
+        weight = model.embed_tokens.weight
+        dtype = weight.dtype if weight.dtype == torch.float64 else model.precision.compute_dtype
+        return cls(mesh, layout, names, placements, sets, owner, cfg.hidden_size, dtype)
 
-    def apply(self, model: Transformer, dispatcher: Callable[[], Dispatcher] | None) -> None:
-        """Keep this rank's tensors only. ``dispatcher`` gives each mixture its own, None leaves the local one."""
+    def apply(self, model: Transformer, dispatcher: Callable[[int], Dispatcher] | None) -> None:
+        """Keep this rank's tensors only. ``dispatcher`` gives each mixture one for so many experts, None leaves the local one."""
         for prefix, module in model.named_modules():
             if isinstance(module, Experts) and self.mesh.ep > 1:
                 for part in EXPERT:
                     _keep_rows(module, part, self.placements.get(f"{prefix}.{part}"))
             if isinstance(module, Block) and isinstance(module.mlp, MoE) and dispatcher is not None:
-                module.dispatcher = dispatcher()
+                module.dispatcher = dispatcher(model.cfg.n_routed_experts)
             for kind in (module._parameters, module._buffers):
                 for name in kind:
                     if (f"{prefix}.{name}" if prefix else name) not in self.placements:
@@ -219,9 +225,3 @@ def _keep_rows(module: nn.Module, name: str, placement: Placement | None) -> Non
     if placement is not None and whole is not None:
         part = whole.detach()[placement.start : placement.start + placement.rows].clone()
         setattr(module, name, nn.Parameter(part, requires_grad=whole.requires_grad))
-
-
-@torch.no_grad()
-def copy_rows(target: Tensor, whole: Tensor, placement: Placement | None) -> None:
-    """Fill this rank's rows from a whole tensor."""
-    target.copy_(whole if placement is None else whole[placement.start : placement.start + placement.rows])

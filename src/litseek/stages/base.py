@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from litseek.callbacks.progress import Progress
-from litseek.data.batch import MicroBatch
+from litseek.data.batch import IGNORE, MicroBatch
 from litseek.data.sources import gzip_bits_per_byte, xz_bits_per_byte
 from litseek.errors import LitseekError
 from litseek.losses import linear_cross_entropy, mtp_loss
@@ -76,6 +76,8 @@ class StageModule(pl.LightningModule):
         self.accuracy = accuracy
         self.cache_dir = Path(cache_dir or os.environ.get("LITSEEK_CACHE", "~/.cache/litseek")).expanduser()
         self.model: Transformer = None  # type: ignore[assignment]  # until configure_model
+        self.attached: Any = None
+        """The strategy that runs this stage; it sets itself."""
         self.parent: CheckpointRef | None = None
         self.step = 0
         """Finished steps, skipped ones included."""
@@ -185,18 +187,22 @@ class StageModule(pl.LightningModule):
                     f"stage.batch={size} is not a multiple of stage.micro_batch={self.micro_batch} times "
                     f"{self.strategy.dp} data-parallel ranks."
                 )
+            self.check_micros(size // unit)
+
+    def check_micros(self, micros: int) -> None:
+        """Errors: ValueError where the strategy's schedule cannot run so many micro-batches."""
+        self.strategy.check_micros(micros)
 
     def phases(self) -> list[Any]:
         return self.model.phases()
 
     @property
     def strategy(self) -> LitseekStrategy:
-        strategy = self.trainer.strategy
-        if not isinstance(strategy, LitseekStrategy):
+        if not isinstance(self.attached, LitseekStrategy):
             raise ValueError(
-                f"strategy={type(strategy).__name__} cannot run a stage; use strategy=single or strategy=dp."
+                f"strategy={type(self.trainer.strategy).__name__} cannot run a stage; use strategy=single or strategy=dp."
             )
-        return strategy
+        return self.attached
 
     def batch_size(self, consumed: int) -> int:
         """Sequences of the global batch that starts after ``consumed`` samples."""
@@ -217,7 +223,7 @@ class StageModule(pl.LightningModule):
     # -- the step -----------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return self.optim.build(self.model.named_parameters())
+        return self.optim.build(self.strategy.named_parameters())
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self.learning_rate = self.optim.schedule.lr(self.step, self.tokens_seen)
@@ -284,11 +290,16 @@ class StageModule(pl.LightningModule):
         self.model.attach()
         weight, dtype = self.model.lm_head.weight, self.precision.compute_dtype
 
-        def head(state: State, micro: MicroBatch) -> None:
-            nats = linear_cross_entropy(state["hidden"], weight, micro.labels, "none", compute_dtype=dtype)
-            scores.add(nats, micro.labels)
+        def head(state: State, micro: MicroBatch) -> Tensor:
+            return linear_cross_entropy(state["hidden"], weight, micro.labels, "none", compute_dtype=dtype)
 
-        (executor or self.strategy.executor).forward(self.inputs(batch), head, until="norm")
+        micros = self.inputs(batch)
+        found = (executor or self.strategy.executor).forward(micros, head, until="norm")
+        for micro, nats in zip(micros, found, strict=True):
+            if nats is None:  # scored by the rank that has the head
+                scores.add(torch.zeros(micro.labels.shape), torch.full_like(micro.labels, IGNORE))
+            else:
+                scores.add(nats, micro.labels)
 
     def evaluate(self, executor: Executor | None = None) -> Scores:
         """The whole held-out split, outside Lightning's validation loop; another executor scores another model."""
