@@ -84,11 +84,11 @@ def save_pretrained(
 class StoredTensors(Mapping[str, Tensor]):
     """Some tensors of a folder under other names, read when they are asked for and not kept."""
 
-    def __init__(self, reader: ShardReader, names: Mapping[str, str]) -> None:
-        self._reader, self._names = reader, names
+    def __init__(self, read: Callable[[str], Tensor], names: Mapping[str, str]) -> None:
+        self._read, self._names = read, names
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._reader.read(self._names[name])
+        return self._read(self._names[name])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -113,7 +113,7 @@ class ReleasedFolder:
             self._check(piece)
         dtypes = {p.name: names[p.name][1] for p in self.pieces}
         scales = {p.name: p.scale_name for p in self.pieces if self._is_fp8(p)}
-        self.origin = Origin(self.raw, dtypes, StoredTensors(self.reader, scales))
+        self.origin = Origin(self.raw, dtypes, StoredTensors(self.reader.read, scales))
         expected = {p.name for p in self.pieces} | {p.scale_name for p in self.pieces if self._is_fp8(p)}
         unexpected = [n for n in names if n not in expected and not n.endswith("rotary_emb.inv_freq")]
         if unexpected:
