@@ -44,7 +44,9 @@ def state_of(world, rank):
     for name, shape in SHAPES.items():
         begin, end = share(shape[0], world, rank) if shape else (0, 1)
         whole = tensor(name)
-        weights[name] = Piece(whole[begin:end], begin, shape) if shape else Piece(whole, 0, (), writes=rank == world - 1)
+        weights[name] = (
+            Piece(whole[begin:end], begin, shape) if shape else Piece(whole, 0, (), writes=rank == world - 1)
+        )
     moments = {"step": 3 + rank, "exp_avg": Piece(tensor("wide"), 0, SHAPES["wide"], writes=rank == 0)}
     own = {f"layer.{n}": {"step": n, "first": tensor("short") + n} for n in range(4) if n % world == rank}
     return {
@@ -119,7 +121,9 @@ def same_message(world, function, *args):
 @pytest.mark.parametrize("damage", ["missing", "changed", "state", "manifest"])
 def test_damage_is_told_by_every_rank_in_the_same_words(tmp_path, damage):
     run(2, save, tmp_path / "a", 2)
-    name = {"state": "state.json", "manifest": "manifest.json"}.get(damage, "rank-00001-model-00001-of-000001.safetensors")
+    name = {"state": "state.json", "manifest": "manifest.json"}.get(
+        damage, "rank-00001-model-00001-of-000001.safetensors"
+    )
     path = tmp_path / "a" / name
     if damage == "missing":
         path.unlink()
@@ -192,7 +196,13 @@ def test_a_background_save_keeps_the_state_of_its_moment(tmp_path, monkeypatch):
 
     monkeypatch.setattr(pieces, "write_shard", slow)
     weight = torch.arange(6.0).view(2, 3)
-    state = {"a": weight, "rows": Piece(weight[1:], 0, (1, 3)), "turned": weight.T, "n": 1, "half": weight.bfloat16()[0]}
+    state = {
+        "a": weight,
+        "rows": Piece(weight[1:], 0, (1, 3)),
+        "turned": weight.T,
+        "n": 1,
+        "half": weight.bfloat16()[0],
+    }
     writer.save(tmp_path / "step-00000001", state)
     weight.zero_()
     assert storage.last(tmp_path) is None
@@ -217,8 +227,11 @@ def test_an_error_in_the_background_surfaces_at_the_next_save_or_the_end(tmp_pat
     writer.finish()
     monkeypatch.setattr(pieces, "write_shard", refuse)
     writer.save(tmp_path / "step-00000002", {"a": torch.zeros(2)})
-    with pytest.raises(LitseekError, match="step-00000002: .*No space left on device"):
-        writer.save(tmp_path / "step-00000003", {"a": torch.zeros(2)}) if ending == "save" else getattr(writer, ending)()
+    with pytest.raises(LitseekError, match=r"step-00000002: .*No space left on device"):
+        if ending == "save":
+            writer.save(tmp_path / "step-00000003", {"a": torch.zeros(2)})
+        else:
+            getattr(writer, ending)()
     assert storage.last(tmp_path).name == "step-00000001"
     assert len(list(tmp_path.iterdir())) == 2
 

@@ -131,9 +131,7 @@ class CheckpointSource:
             raise LitseekError(f"{self.folder} lacks the tensor {name}")
         found = self.tensors.shape(name)
         if found != shape:
-            raise LitseekError(
-                f"{self.folder}: {name} has shape {list(found)}, its config makes it {list(shape)}"
-            )
+            raise LitseekError(f"{self.folder}: {name} has shape {list(found)}, its config makes it {list(shape)}")
 
 
 def parse_size(size: str | int) -> int:

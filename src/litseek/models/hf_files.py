@@ -161,9 +161,7 @@ def shard_name(number: int, count: int) -> str:
 
 def write_index(folder: Path, weight_map: Mapping[str, str], num_bytes: int) -> None:
     """Which file holds each tensor."""
-    write_json(
-        folder / INDEX, {"metadata": {"total_size": num_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-    )
+    write_json(folder / INDEX, {"metadata": {"total_size": num_bytes}, "weight_map": dict(sorted(weight_map.items()))})
 
 
 def write_shard(path: Path, shard: list[Entry], about: Mapping[str, str] | None = None) -> None:
@@ -176,7 +174,9 @@ def write_shard(path: Path, shard: list[Entry], about: Mapping[str, str] | None 
     # Wide dtypes lie first, which keeps every tensor aligned to its own width; they are made in the order given.
     for entry in sorted(shard, key=lambda entry: -entry.dtype.itemsize):
         if entry.dtype not in _CODES:
-            raise TypeError(f"{path} cannot hold {entry.name} of {entry.dtype}: allowed are {', '.join(map(str, _CODES))}.")
+            raise TypeError(
+                f"{path} cannot hold {entry.name} of {entry.dtype}: allowed are {', '.join(map(str, _CODES))}."
+            )
         span = [offset, offset + entry.num_bytes]
         header[entry.name] = {"dtype": _CODES[entry.dtype], "shape": list(entry.shape), "data_offsets": span}
         offset = span[1]

@@ -106,7 +106,10 @@ class Stored:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._reader = HuggingFaceStorageReader(str(folder))
-        self._metadata = self._reader.read_metadata()
+        try:
+            self._metadata = self._reader.read_metadata()
+        except Exception as error:
+            raise LitseekError(f"{folder}: not a readable checkpoint ({error}).") from error
         self._reader.read_metadata = lambda: self._metadata  # type: ignore[method-assign]  # opens every file
         self.found: dict[str, TensorStorageMetadata] = self._metadata.state_dict_metadata  # type: ignore[assignment]
 
@@ -121,7 +124,10 @@ class Stored:
         """These rows of these tensors. Errors: LitseekError naming the tensor whose rows are not all there."""
         pieces = {name: self._empty(name, rows) for name, rows in wanted.items()}
         planner = _LoadPlanner()
-        _load_state_dict(dict(pieces), storage_reader=self._reader, no_dist=True, planner=planner)
+        try:
+            _load_state_dict(dict(pieces), storage_reader=self._reader, no_dist=True, planner=planner)
+        except (Exception, CheckpointException) as error:
+            raise LitseekError(f"{self.folder}: not a readable checkpoint ({error}).") from error
         for name, piece in pieces.items():
             if planner.elements[name] != piece.tensor.numel():
                 raise LitseekError(f"{self.folder}: '{name}' lacks some of its rows {piece.rows}.")

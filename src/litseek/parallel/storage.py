@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
 
 from litseek.errors import LitseekError
 from litseek.parallel.agree import Group, every, first, gather, rank_in, size_of
@@ -161,20 +160,19 @@ def load(folder: Path, prefix: str = "", wanted: Wanted | None = None, group: Gr
 
 
 def _loaded(folder: Path, prefix: str, wanted: Wanted | None) -> dict[str, Any]:
+    stored, rows = Stored(folder), {}
+    for name in stored.names():
+        if name.startswith(prefix):
+            shape = stored.shape(name)
+            found = (0, shape[0] if shape else 1) if wanted is None else wanted(name, shape)
+            if found is not None:
+                rows[name] = found
+    tensors = stored.read(rows)
     try:
-        rest = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        stored = Stored(folder)
-        rows = {}
-        for name in stored.names():
-            if name.startswith(prefix):
-                shape = stored.shape(name)
-                found = (0, shape[0] if shape else 1) if wanted is None else wanted(name, shape)
-                if found is not None:
-                    rows[name] = found
-        tensors = stored.read(rows)
-    except (Exception, CheckpointException) as error:
+        tree = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        return unflatten(tensors, tree, partial=bool(prefix) or wanted is not None)
+    except Exception as error:
         raise LitseekError(f"{folder}: not a readable checkpoint ({error}).") from error
-    return unflatten(tensors, rest, partial=bool(prefix) or wanted is not None)
 
 
 def verify(folder: Path, group: Group = None) -> dict[str, Any]:

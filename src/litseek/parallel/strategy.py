@@ -28,7 +28,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from litseek.data.batch import MicroBatch
-from litseek.errors import LitseekError
 from litseek.optim import AdamW
 from litseek.parallel import storage
 from litseek.parallel.executor import Executor, HeadLoss, StepResult
