@@ -7,6 +7,8 @@ nothing, and `backward` only calls the hooks. Automatic optimization stays on: c
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -34,6 +36,7 @@ from litseek.parallel.mesh import Mesh
 from litseek.parallel.schedule import KINDS, make_schedule
 from litseek.parallel.sums import Sums
 from litseek.parallel.team import Team
+from litseek.parallel.writer import CheckpointWriter
 from litseek.parallel.zero import Shares
 
 RECOMPUTED = ("attend", "dispatch", "experts", "combine", "all")
@@ -47,6 +50,7 @@ class LitseekStrategy(ParallelStrategy):
     beside another's computations; DualPipe's schedules always do. ``zero`` splits the optimizer's state over copies
     (ZeRO-1). ``recompute`` names the phases that run again in backward instead of keeping their activations, by their
     last part: "attend", "experts", or "all". ``chunks`` cuts the model of a single process for the executor.
+    With ``checkpoint_async`` training goes on while a checkpoint, copied to host memory, is written.
     Errors: ValueError naming the key, the value and what is allowed.
     """
 
@@ -63,6 +67,7 @@ class LitseekStrategy(ParallelStrategy):
         recompute: Sequence[str] = (),
         backend: str | None = None,
         timeout_s: float = 1800,
+        checkpoint_async: bool = True,
         **plugins: Any,
     ) -> None:
         super().__init__(**plugins)
@@ -81,6 +86,8 @@ class LitseekStrategy(ParallelStrategy):
         Mesh(pp * ep, pp, ep)  # checks them
         self.num_chunks, self.recompute = chunks, tuple(recompute)
         self.backend, self.timeout = backend, timedelta(seconds=timeout_s)
+        self.checkpoint_async = checkpoint_async
+        self._writer: CheckpointWriter | None = None
         self.num_nodes = 1
         self._executor: Executor | None = None
         self._team: Team | None = None
@@ -335,23 +342,36 @@ class LitseekStrategy(ParallelStrategy):
             for group, stored in zip(optimizer.param_groups, saved["param_groups"]):
                 group.update({key: value for key, value in stored.items() if key != "params"})
 
+    @property
+    def writer(self) -> CheckpointWriter:
+        """Made by the first who asks, on all ranks alike; its group is its own, for its thread's collectives."""
+        if self._writer is None:
+            group = dist.new_group(backend="gloo", timeout=self.timeout) if self.world_size > 1 else None
+            self._writer = CheckpointWriter(self.checkpoint_async, group)
+        return self._writer
+
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        stage: Any = self.lightning_module
         state = checkpoint | {"random": self.sums.objects(storage.random_state())}
-        failure: Exception | None = None
-        if self.is_global_zero:
-            try:
-                stage: Any = self.lightning_module
-                storage.save(Path(filepath), state, **stage.checkpoint_files())
-            except Exception as error:  # told to every rank below, or the others would wait for ever
-                failure = error
-        message = self.broadcast(None if failure is None else str(failure))
-        if failure is not None:
-            raise failure
-        if message is not None:
-            raise LitseekError(message)
+        self.writer.save(Path(filepath), state, **stage.checkpoint_files())
+
+    def finish_checkpoint(self) -> None:
+        """Return when the last checkpoint is on the disk. Raises its error, on every rank the same."""
+        self.writer.finish()
+
+    def teardown(self) -> None:
+        failed, writer, self._writer = sys.exception() is not None, self._writer, None
+        try:
+            if writer is not None:
+                writer.close()
+        except Exception as error:
+            if not failed:
+                raise
+            warnings.warn(f"{error}", stacklevel=2)  # what ended the training is the error to be read
+        super().teardown()
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        state = storage.load(Path(checkpoint_path))
+        state = storage.load(Path(checkpoint_path), group=self.writer.group)
         states = state.pop("random", [])
         if self.global_rank < len(states):
             # set when training starts: building the optimizer and the data loader may still draw
@@ -364,6 +384,7 @@ class LitseekStrategy(ParallelStrategy):
             storage.set_random_state(state)
 
     def remove_checkpoint(self, filepath: str | Path) -> None:
+        self.writer.finish()  # what is to replace it must be there first
         if self.is_global_zero:
             storage.remove(Path(filepath))
 

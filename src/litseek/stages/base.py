@@ -19,7 +19,6 @@ from litseek.losses import linear_cross_entropy, mtp_loss
 from litseek.models.config import DeepSeekV3Config
 from litseek.models.transformer import Transformer, build
 from litseek.optim import BatchRamp, set_lr, update_biases_
-from litseek.parallel import storage
 from litseek.parallel.checkpoint import CheckpointRef, load_weights
 from litseek.parallel.executor import Executor, State, StepResult
 from litseek.parallel.strategy import LitseekStrategy
@@ -347,6 +346,7 @@ class StageModule(pl.LightningModule):
         self.results |= self.final_metrics()
         self.report(self.results)
         self.save()
+        self.strategy.finish_checkpoint()
 
     def final_metrics(self) -> dict[str, float]:
         """What the receipt states of the trained model."""
@@ -361,8 +361,6 @@ class StageModule(pl.LightningModule):
 
     def save(self) -> None:
         self.trainer.save_checkpoint(self.checkpoints / f"step-{self.step:08d}", weights_only=False)
-        if self.strategy.is_global_zero:
-            storage.keep_newest(self.checkpoints, self.checkpoint_keep)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         counters = {key: getattr(self, key) for key in ("step", "consumed", "tokens_seen", "seed", "results")}
@@ -378,8 +376,10 @@ class StageModule(pl.LightningModule):
             setattr(self, key, saved[key])
 
     def checkpoint_files(self) -> dict[str, Any]:
-        """What lies beside the tensors, so that model and tokenizer can be rebuilt from the checkpoint alone."""
-        return {"config": self.cfg.to_dict(), "tokenizer": self.data.tokenizer.raw.to_str()}
+        """What lies beside the tensors, so that model and tokenizer can be rebuilt from the checkpoint alone; and how many
+        checkpoints are kept once this one is written."""
+        tokenizer = self.data.tokenizer.raw.to_str()
+        return {"config": self.cfg.to_dict(), "tokenizer": tokenizer, "keep": self.checkpoint_keep}
 
 
 def at(schedule: Schedule, tokens: int) -> float:
