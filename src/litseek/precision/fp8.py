@@ -91,6 +91,19 @@ class FP8(BF16):
         codes = *_stacked(codes_of(gate.weight), codes_of(up.weight)), *codes_of(down.weight)
         return _as_before(_FeedForward.apply(rows_MK, gate.weight, up.weight, down.weight, *codes), x)
 
+    def pack(self, rows_RD: Tensor) -> tuple[Tensor, ...]:
+        """1x128 codes as bytes (R, D) and their power-of-two scales (R, ceil(D / 128)) float32."""
+        codes, scale = quantise_rows(rows_RD.to(self.compute_dtype), power_of_two=True)
+        return codes.view(torch.uint8), scale.t().contiguous()
+
+    def unpack(self, payload: tuple[Tensor, ...]) -> Tensor:
+        """(R, D) BF16, without a rounding: a code times a power of two has at most 4 significant bits. Nor does
+        quantising it with power-of-two scales again round: a tile whose largest code is 224 gets half the scale and
+        twice the codes, any other tile its own."""
+        codes, scale = payload
+        wide = scale.to(torch.bfloat16).repeat_interleave(TILE, dim=1)[:, : codes.shape[1]]
+        return codes.view(torch.float8_e4m3fn).to(torch.bfloat16) * wide
+
 
 class LinearFP8(Linear):
     """y = x W^T with both operands in FP8."""
