@@ -72,8 +72,8 @@ def train_here(
     }
 
 
-def train(name: str, folder: Path, **keys: Any) -> list[dict[str, Any]]:
-    return ranks(WORLDS.get(name, 2)).run(train_here, folder, LAYOUTS[name], **keys)
+def train(name: str, folder: Path, recompute: tuple = (), **keys: Any) -> list[dict[str, Any]]:
+    return ranks(WORLDS.get(name, 2)).run(train_here, folder, LAYOUTS[name] | {"recompute": list(recompute)}, **keys)
 
 
 def joined(parts: list[dict[str, Any]], key: str = "state") -> dict[str, Tensor]:

@@ -35,3 +35,34 @@ def same(parts, one):
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_six_steps_equal_one_process(name, one, tmp_path):
     same(train(name, tmp_path), one)
+
+
+def test_recompute_and_two_mtp_depths_with_experts_and_a_pipeline(tmp_path):
+    model = dict(num_nextn_predict_layers=2)
+    one = train_here(tmp_path / "one", {}, model=model)
+    same(train("ep2_pp2_v", tmp_path / "four", recompute=["all"], model=model), one)
+
+
+SAVED = {"one": None, "ep2": "ep2", "ep2_pp2_v": "ep2_pp2_v"}
+
+
+@pytest.fixture(scope="module")
+def halves(tmp_path_factory, one):
+    """Three steps of each layout, saved."""
+    folders = {}
+    for name in SAVED:
+        folder = folders[name] = tmp_path_factory.mktemp(name)
+        if name == "one":
+            train_here(folder, {}, steps=3)
+        else:
+            train(name, folder, steps=3)
+    return folders
+
+
+@pytest.mark.parametrize("name", SAVED)
+@pytest.mark.parametrize("saved", SAVED)
+def test_a_checkpoint_of_any_layout_goes_on_on_any_other(saved, name, halves, one, tmp_path):
+    resume = str(halves[saved] / "checkpoints" / "step-00000003")
+    parts = [train_here(tmp_path, {}, resume=resume)] if name == "one" else train(name, tmp_path, resume=resume)
+    rest = one | {"losses": one["losses"][3:], "norms": one["norms"][3:]}
+    same(parts, rest)

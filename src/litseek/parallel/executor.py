@@ -18,7 +18,18 @@ from torch import Tensor
 
 from litseek import deferral
 from litseek.data.batch import MicroBatch
-from litseek.parallel.schedule import Action, Compute, Instruction, Part, Recv, Send, Transfer, make_forward, make_schedule, program
+from litseek.parallel.schedule import (
+    Action,
+    Compute,
+    Instruction,
+    Part,
+    Recv,
+    Send,
+    Transfer,
+    make_forward,
+    make_schedule,
+    program,
+)
 from litseek.parallel.segment import Phase, Segment, State
 
 HeadLoss = Callable[[State, MicroBatch], tuple[Tensor, dict[str, Tensor]]]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -73,7 +74,7 @@ def cut(phases: Sequence[Phase], cfg: DeepSeekV3Config, seq_len: int, num_stages
         )
     costs = [_cost(unit, cfg, seq_len) for unit in units]
     edges = _balanced(costs, num_stages)
-    return [[phase for unit in units[a:b] for phase in unit] for a, b in zip(edges, edges[1:])]
+    return [[phase for unit in units[a:b] for phase in unit] for a, b in pairwise(edges)]
 
 
 def _units(phases: Sequence[Phase]) -> list[list[Phase]]:
@@ -188,14 +189,14 @@ class Partition:
         dtype = weight.dtype if weight.dtype == torch.float64 else model.precision.compute_dtype
         return cls(mesh, layout, names, placements, sets, owner, cfg.hidden_size, dtype)
 
-    def apply(self, model: Transformer, dispatcher: Callable[[int], Dispatcher] | None) -> None:
-        """Keep this rank's tensors only. ``dispatcher`` gives each mixture one for so many experts, None leaves the local one."""
+    def apply(self, model: Transformer, dispatcher: Callable[[], Dispatcher] | None) -> None:
+        """Keep this rank's tensors only. ``dispatcher`` gives each mixture its own, None leaves the local one."""
         for prefix, module in model.named_modules():
             if isinstance(module, Experts) and self.mesh.ep > 1:
                 for part in EXPERT:
                     _keep_rows(module, part, self.placements.get(f"{prefix}.{part}"))
             if isinstance(module, Block) and isinstance(module.mlp, MoE) and dispatcher is not None:
-                module.dispatcher = dispatcher(model.cfg.n_routed_experts)
+                module.dispatcher = dispatcher()
             for kind in (module._parameters, module._buffers):
                 for name in kind:
                     if (f"{prefix}.{name}" if prefix else name) not in self.placements:

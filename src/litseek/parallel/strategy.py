@@ -27,11 +27,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from litseek.data.batch import MicroBatch
-from litseek.errors import LitseekError
-from litseek.models.transformer import Transformer
 from litseek.optim import AdamW
 from litseek.parallel import storage
-from litseek.parallel.executor import Executor, HeadLoss, StepResult
+from litseek.parallel.executor import EXCHANGE, Executor, HeadLoss, StepResult, talks
 from litseek.parallel.mesh import Mesh
 from litseek.parallel.schedule import KINDS, make_schedule
 from litseek.parallel.sums import Sums
@@ -74,6 +72,8 @@ class LitseekStrategy(ParallelStrategy):
         for name in recompute:
             if name not in RECOMPUTED:
                 raise ValueError(f"strategy.recompute names '{name}': allowed are {', '.join(RECOMPUTED)}.")
+            if ep > 1 and name in EXCHANGE:
+                raise ValueError(f"strategy.recompute names '{name}', which talks to other ranks: strategy.ep={ep} must be 1.")
         if schedule is not None and schedule not in KINDS:
             raise ValueError(f"strategy.schedule={schedule} is not known: allowed are {', '.join(KINDS)}, or null.")
         if pp > 1 and schedule is None:
@@ -239,7 +239,7 @@ class LitseekStrategy(ParallelStrategy):
 
     def executor_of(self, phases: Sequence[Any]) -> Executor:
         """Runs these phases, of a model that lies on the ranks as the stage's own does."""
-        return self.team.executor(phases, self.num_chunks, recomputed(self.recompute), self.overlap)
+        return self.team.executor(phases, self.num_chunks, recomputed(self.recompute, self.ep > 1), self.overlap)
 
     def forward_backward(self, micros: Sequence[MicroBatch], head_loss: HeadLoss) -> StepResult:
         """Loss and gradients of the global batch, of which ``micros`` are this rank's part; equal on all ranks."""
@@ -313,18 +313,19 @@ class LitseekStrategy(ParallelStrategy):
         return self.lightning_module.model
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        return self._module.state_dict()
+        return self.team.pieces(self._module.state_dict())
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         self._module.load_state_dict(checkpoint["state_dict"], strict=strict)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The optimizer's state under parameter names instead of numbers."""
-        names = {parameter: name for name, parameter in self.named_parameters()}
+        shares = {share.part: share for share in self.shares.shares}
         return {
-            "state": {names[p]: dict(state) for p, state in optimizer.state.items()},
+            "state": {shares[p].name: self.team.state_of(shares[p], state) for p, state in optimizer.state.items()},
             "param_groups": [
-                group | {"params": [names[p] for p in group["params"]]} for group in optimizer.param_groups
+                {key: value for key, value in group.items() if key not in ("params", "param_names")}
+                for group in optimizer.param_groups
             ],
         }
 
@@ -334,6 +335,8 @@ class LitseekStrategy(ParallelStrategy):
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"]):
             optimizer.state.clear()
             for name, state in saved["state"].items():
+                if name not in parameters:  # of another rank's part
+                    continue
                 parameter = parameters[name]
                 optimizer.state[parameter] = {
                     key: value.to(parameter.device) if isinstance(value, Tensor) else value
@@ -371,7 +374,8 @@ class LitseekStrategy(ParallelStrategy):
         super().teardown()
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        state = storage.load(Path(checkpoint_path), group=self.writer.group)
+        wanted = self.team.wanted({share.name: share for share in self.shares.shares})
+        state = storage.load(Path(checkpoint_path), wanted=wanted, group=self.writer.group)
         states = state.pop("random", [])
         if self.global_rank < len(states):
             # set when training starts: building the optimizer and the data loader may still draw
@@ -391,6 +395,9 @@ class LitseekStrategy(ParallelStrategy):
     _random: dict[str, Any] | None = None
 
 
-def recomputed(names: Sequence[str]) -> Callable[[str], bool]:
-    """Whether a phase runs again in backward, by its name: "layers.3.attend" is named by "attend" and by "all"."""
-    return lambda name: "all" in names or name.rpartition(".")[2] in names
+def recomputed(names: Sequence[str], exchanged: bool = False) -> Callable[[str], bool]:
+    """Whether a phase runs again in backward, by its name: "layers.3.attend" is named by "attend" and by "all".
+
+    ``exchanged``: not so one that talks to other ranks, which "all" leaves out then.
+    """
+    return lambda name: ("all" in names or name.rpartition(".")[2] in names) and not (exchanged and talks(name))

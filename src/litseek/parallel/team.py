@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,9 +16,10 @@ from litseek.parallel.dispatch import AllToAllDispatcher
 from litseek.parallel.executor import Executor, Pipeline
 from litseek.parallel.mesh import Groups, Mesh, Ranks
 from litseek.parallel.partition import Layout, Partition, Placement
+from litseek.parallel.pieces import Piece
 from litseek.parallel.sums import Sums
 from litseek.parallel.transport import PeerToPeer
-from litseek.parallel.zero import Shares
+from litseek.parallel.zero import Share, Shares
 
 
 class Team:
@@ -45,11 +47,12 @@ class Team:
         if self.plan is None:
             self.plan = Partition.plan(model, phases, self.mesh, self.layout, seq_len)
             self.groups.make("replicas", self.plan.all_replicas)
-        self.plan.apply(model, self.dispatcher if self.mesh.ep > 1 else None)
+        self.plan.apply(model, partial(self._dispatcher, model) if self.mesh.ep > 1 else None)
 
-    def dispatcher(self, num_experts: int) -> AllToAllDispatcher:
+    def _dispatcher(self, model: Transformer) -> AllToAllDispatcher:
         ranks = next(group for group in self.mesh.ep_groups() if self.mesh.rank in group)
-        return AllToAllDispatcher(num_experts, self.groups.get("forward", ranks))
+        groups = [self.groups.get(purpose, ranks) for purpose in ("forward", "backward")]
+        return AllToAllDispatcher(model.cfg.n_routed_experts, *groups, precision=model.precision)
 
     def group(self, replicas: Ranks) -> dist.ProcessGroup | None:
         return self.groups.get("replicas", replicas)
@@ -114,9 +117,48 @@ class Team:
                 dist.broadcast(place, replicas[0])
         return copy.requires_grad_(False).eval()
 
-    @torch.no_grad()
-    def fill(self, model: Transformer, whole: Mapping[str, Tensor]) -> None:
-        """This rank's part from all the weights."""
-        for name, tensor in model.state_dict().items():
-            place = self.placement(name, tensor)
-            tensor.copy_(whole[name][place.start : place.start + place.rows] if tensor.ndim else whole[name])
+    def pieces(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor | Piece]:
+        """Tensors that lie as the model's of the same names do, for a checkpoint."""
+        return {name: self._piece(tensor, self.placement(name, tensor)) for name, tensor in tensors.items()}
+
+    def _piece(self, tensor: Tensor, place: Placement) -> Tensor | Piece:
+        if self.plan is None:
+            return tensor
+        return Piece(tensor, place.start, place.shape, self.mesh.rank == place.replicas[0])
+
+    def state_of(self, share: Share, state: Mapping[str, Any]) -> dict[str, Any]:
+        """An optimizer's state of a share, for a checkpoint: tensors of the parameter's shape are rows of it."""
+        if self.plan is None:
+            return dict(state)
+        place, found = share.placement, dict(state)
+        for key, value in state.items():
+            if not isinstance(value, Tensor):
+                continue
+            if value.shape == share.part.shape:
+                writes = share.split or self.mesh.rank == place.replicas[0]
+                found[key] = Piece(value, place.start + share.begin, place.shape, writes)
+            else:
+                found[key] = Piece(value, 0, tuple(value.shape), self.mesh.rank == place.replicas[0])
+        return found
+
+    def wanted(self, shares: Mapping[str, Share]) -> Callable[[str, tuple[int, ...]], tuple[int, int] | None] | None:
+        """Which rows of a checkpoint's tensors belong here; None if all do."""
+        if self.plan is None:
+            return None
+        plan = self.plan
+
+        def rows(path: str, shape: tuple[int, ...]) -> tuple[int, int] | None:
+            parts = path.split("/")
+            whole = (0, shape[0] if shape else 1)
+            if parts[0] == "optimizer_states":
+                share = shares.get(parts[3])
+                if share is None:
+                    return None
+                alike = shape == share.placement.shape
+                return (share.placement.start + share.begin, share.end - share.begin) if alike else whole
+            if parts[0] != "state_dict" and "average" not in parts:
+                return whole
+            place = plan.placements.get(parts[-1])
+            return None if place is None else (place.start, place.rows)
+
+        return rows
