@@ -177,7 +177,7 @@ def _(weight):
 
 
 ROWS_M, ROWS_TILES, ROWS_WARPS = 32, 1, 4
-BOTH_WARPS = 8
+BOTH_WARPS = 4
 WEIGHT_WARPS = 8
 
 

@@ -233,7 +233,7 @@ def _empty_codes(like: Tensor, M: int, K: int) -> tuple[Tensor, Tensor]:
 BLOCK_N, BLOCK_F = 4, 512
 ROWS_BACKWARD, BLOCK_F_BACKWARD = 4, 256
 QUANTISE_ROWS, QUANTISE_WARPS = 32, 4
-BACKWARD_QUANTISE_WARPS = 16
+BACKWARD_QUANTISE_WARPS = 8
 
 
 def _has_kernel(x: Tensor) -> bool:
