@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 from litseek_kernels.quantise import quantise_rows
-from litseek_kernels.ref.quantise import dequantise_block, quantise_block
+from litseek_kernels.ref.quantise import dequantise_block, dequantise_rows, quantise_block
 from litseek_kernels.testing import relative_error
 
 from litseek.data.batch import MicroBatch
@@ -80,6 +80,35 @@ def test_experts_and_their_gradients(counts, device):
             assert relative_error(ours, wanted) < EXPERTS
         else:
             assert not ours.any()
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-19, 1.0, 1e20])
+@pytest.mark.parametrize("shape", [(37, 256), (5, 144), (0, 256)])
+def test_a_payload_is_rounded_once(shape, size):
+    """Codes and power-of-two scales are exact in BF16, and stay what they are when the experts quantise them."""
+    x = (torch.randn(shape) * size).bfloat16()
+    payload = FP8().pack(x)
+    assert [part.dtype for part in payload] == [torch.uint8, torch.float32]
+    assert payload[1].shape == (shape[0], -(-shape[1] // 128))
+    rows = FP8().unpack(payload)
+    assert rows.dtype == torch.bfloat16 and rows.shape == shape
+    assert relative_error(rows, x) < 0.03 or size == 1e-30  # below 2**-64 a tile's scale is that of zeros
+    assert torch.equal(dequantise_rows(*quantise_rows(rows, power_of_two=True)), rows.float())
+
+
+def test_a_payload_keeps_what_is_not_finite():
+    x = torch.randn(3, 256).bfloat16()
+    x[1, 5], x[2, 200] = float("nan"), float("inf")
+    found = FP8().unpack(FP8().pack(x)).isnan()
+    assert found.sum() == 256 and found[1, :128].all() and found[2, 128:].all()
+
+
+def test_the_experts_take_a_payloads_rows_without_rounding_them():
+    """Forward on rows that travelled equals forward on the rows themselves: both have the same codes and scales."""
+    x, count_E = torch.randn(60, 256).bfloat16(), torch.tensor([25, 35])
+    weights = torch.randn(2, 256, 256) * 0.05, torch.randn(2, 256, 128) * 0.05
+    travelled = FP8().unpack(FP8().pack(x))
+    assert torch.equal(FP8().experts(travelled, *weights, count_E), FP8().experts(x, *weights, count_E))
 
 
 @pytest.mark.parametrize("hidden", [128, 96])

@@ -91,6 +91,19 @@ class FP8(BF16):
         codes = *_stacked(codes_of(gate.weight), codes_of(up.weight)), *codes_of(down.weight)
         return _as_before(_FeedForward.apply(rows_MK, gate.weight, up.weight, down.weight, *codes), x)
 
+    def pack(self, rows_RD: Tensor) -> tuple[Tensor, ...]:
+        """1x128 codes as bytes (R, D) and their power-of-two scales (R, ceil(D / 128)) float32."""
+        codes, scale = quantise_rows(rows_RD.to(self.compute_dtype), power_of_two=True)
+        return codes.view(torch.uint8), scale.t().contiguous()
+
+    def unpack(self, payload: tuple[Tensor, ...]) -> Tensor:
+        """(R, D) BF16, without a rounding: a code times a power of two has at most 4 significant bits. Nor does
+        quantising it with power-of-two scales again round: a tile whose largest code is 224 gets half the scale and
+        twice the codes, any other tile its own."""
+        codes, scale = payload
+        wide = scale.to(torch.bfloat16).repeat_interleave(TILE, dim=1)[:, : codes.shape[1]]
+        return codes.view(torch.float8_e4m3fn).to(torch.bfloat16) * wide
+
 
 class LinearFP8(Linear):
     """y = x W^T with both operands in FP8."""
@@ -254,8 +267,10 @@ def _forward(
     rows_RD: Tensor, weight_R: Tensor | None, up: Codes, down: Codes, padding: Layout | None, layout: Layout
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """Down(SwiGLU(gate and up)), SwiGLU's output times the gate's weight; and what backward needs. ``padding`` is the
-    layout where the rows need one."""
-    rows, rows_scale, rows_t, rows_scale_t = quantise_both(rows_RD, layout=padding)
+    layout where the rows need one: they are routed rows then, and have power-of-two scales as the dispatch between ranks
+    has (report §3.3.3), which leaves rows that came through it as they are."""
+    routed = padding is not None
+    rows, rows_scale, rows_t, rows_scale_t = quantise_both(rows_RD, power_of_two=routed, layout=padding)
     hidden = grouped_mm_fp8(rows, rows_scale, up.codes, up.scale, layout.tile_expert)
     act, act_scale, kept, kept_scale = swiglu_quantise(hidden, layout=padding, weight_R=weight_R)
     compact = None if padding is None else (layout.tile_begin, layout.tile_count, rows_RD.shape[0])
@@ -269,7 +284,7 @@ def _backward(grad_RD: Tensor, kept: tuple[Tensor, ...], padded: bool) -> tuple[
     rows_t, rows_scale_t, hidden, hidden_scale, weight_R, up_scale, up_codes_t, down_scale, down_codes_t = kept[:9]
     layout = Layout(*kept[9:])
     padding = layout if padded else None
-    grad, grad_scale, grad_t, grad_scale_t = quantise_both(grad_RD.contiguous(), layout=padding)
+    grad, grad_scale, grad_t, grad_scale_t = quantise_both(grad_RD.contiguous(), power_of_two=padded, layout=padding)
     grad_act = grouped_mm_fp8(grad, grad_scale, down_codes_t, down_scale.transpose(1, 2), layout.tile_expert)
     made = swiglu_backward_quantise(hidden, hidden_scale, grad_act, layout=padding, weight_R=weight_R)
     wgrad = partial(grouped_wgrad_fp8, padded_start_E=layout.padded_start_E) if padded else _dense_wgrad

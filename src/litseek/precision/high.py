@@ -76,10 +76,11 @@ class Precision:
         return down(swiglu(gate(x), up(x)))
 
     def pack(self, rows_RD: Tensor) -> tuple[Tensor, ...]:
-        """What travels between ranks in dispatch."""
+        """What travels between ranks in dispatch: tensors (R, ...) of a dtype that can be copied by rows."""
         return (_cast(rows_RD, self.compute_dtype),)
 
     def unpack(self, payload: tuple[Tensor, ...]) -> Tensor:
+        """(R, D) in the compute dtype, of the rows that arrived."""
         return payload[0]
 
 
