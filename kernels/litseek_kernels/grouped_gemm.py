@@ -249,7 +249,9 @@ def _multiply(
                 mbarrier.wait(full.index(stage), phase)
                 rows = codes.index(stage * 2 + WARPGROUP)
                 if PROMOTE:
-                    part = warpgroup_mma(rows, weights.index(stage * 2).permute((1, 0)), part, use_acc=never, is_async=True)
+                    part = warpgroup_mma(
+                        rows, weights.index(stage * 2).permute((1, 0)), part, use_acc=never, is_async=True
+                    )
                     factor_left = scale_row * scale_left
                     factor_right = scale_row * scale_right
                     following = gl.minimum(k + 1, blocks_k - 1)

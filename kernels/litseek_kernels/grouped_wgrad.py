@@ -142,7 +142,9 @@ def check(grad_t, grad_scale_t, rows_t, rows_scale_t, padded_start_E, out_dtype,
                 f"got {scale.dtype} {tuple(scale.shape)}"
             )
     if padded_start_E.ndim != 1 or padded_start_E.numel() < 2 or padded_start_E.dtype != torch.int32:
-        raise ValueError(f"padded_start_E must be int32 (E + 1,), got {padded_start_E.dtype} {tuple(padded_start_E.shape)}")
+        raise ValueError(
+            f"padded_start_E must be int32 (E + 1,), got {padded_start_E.dtype} {tuple(padded_start_E.shape)}"
+        )
     if out is None:
         if accumulate:
             raise ValueError("accumulate needs out, the tensor to add to")

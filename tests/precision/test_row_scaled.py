@@ -33,7 +33,9 @@ def test_a_linear_takes_any_number_of_rows():
 
 @pytest.mark.gpu
 def test_without_promotion_sums_have_fewer_bits_and_no_more_is_lost():
-    for exact, low in zip(run(RowScaledFP8(), "cuda", 4096), run(RowScaledFP8(promote=False), "cuda", 4096), strict=True):
+    for exact, low in zip(
+        run(RowScaledFP8(), "cuda", 4096), run(RowScaledFP8(promote=False), "cuda", 4096), strict=True
+    ):
         assert relative_error(low, exact) < 0.01
     exact, low = (run(RowScaledFP8(promote=p), "cuda", 4096)[2] for p in (True, False))
     assert 1e-7 < relative_error(low, exact)
