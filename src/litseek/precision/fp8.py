@@ -138,10 +138,11 @@ def keep_codes(weight: nn.Parameter) -> None:
 def codes_of(weight: Tensor) -> Codes:
     """The weight's codes as `FP8.attach` keeps them, or made now where it was not attached or has been written since."""
     holder: Any = weight
-    kept = getattr(weight, "codes_of_version", None)  # first whether there are any: inference tensors have no version
-    if not torch.compiler.is_compiling() and (kept is None or kept != version_of(weight)):
-        check_device(weight.device)
-        return Codes(*quantise_weight(weight.detach()))
+    if not torch.compiler.is_compiling():  # there a version would be a constant, and every step compile anew
+        kept = getattr(weight, "codes_of_version", None)  # first whether there are any: inference tensors have no version
+        if kept is None or kept != version_of(weight):
+            check_device(weight.device)
+            return Codes(*quantise_weight(weight.detach()))
     return Codes(holder.fp8_codes, holder.fp8_scale, holder.fp8_codes_t)
 
 
