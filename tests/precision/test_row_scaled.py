@@ -38,7 +38,7 @@ def test_without_promotion_sums_have_fewer_bits_and_no_more_is_lost():
     ):
         assert relative_error(low, exact) < 0.01
     exact, low = (run(RowScaledFP8(promote=p), "cuda", 4096)[2] for p in (True, False))
-    assert 1e-7 < relative_error(low, exact)
+    assert relative_error(low, exact) > 1e-7
 
 
 def test_a_cpu_has_no_such_sums():

@@ -139,7 +139,9 @@ def codes_of(weight: Tensor) -> Codes:
     """The weight's codes as `FP8.attach` keeps them, or made now where it was not attached or has been written since."""
     holder: Any = weight
     if not torch.compiler.is_compiling():  # there a version would be a constant, and every step compile anew
-        kept = getattr(weight, "codes_of_version", None)  # first whether there are any: inference tensors have no version
+        kept = getattr(
+            weight, "codes_of_version", None
+        )  # first whether there are any: inference tensors have no version
         if kept is None or kept != version_of(weight):
             check_device(weight.device)
             return Codes(*quantise_weight(weight.detach()))
