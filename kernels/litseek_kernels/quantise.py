@@ -326,7 +326,7 @@ def _both_kernel(
     k = tile_k * 128 + tl.arange(0, 128)
     row = tile * 128 + 4 * tl.arange(0, 32)
     largest = tl.zeros((32, 128), tl.int32)
-    pairs = ()
+    pairs = ()  # type: tuple
     for j in tl.static_range(0, 4, 2):
         at0, live0 = _source(row + j, tile, M, begin_ptr, count_ptr, index_ptr, GROUPED, GATHER)
         at1, live1 = _source(row + j + 1, tile, M, begin_ptr, count_ptr, index_ptr, GROUPED, GATHER)

@@ -74,12 +74,7 @@ class HiddenGradients(NamedTuple):
 
 
 def swiglu_backward_quantise(
-    h_codes: Tensor,
-    h_scale: Tensor,
-    grad_RF: Tensor,
-    *,
-    layout: Layout | None = None,
-    weight_R: Tensor | None = None,
+    h_codes: Tensor, h_scale: Tensor, grad_RF: Tensor, *, layout: Layout | None = None, weight_R: Tensor | None = None
 ) -> HiddenGradients:
     """From h as ``swiglu_quantise`` kept it and the (weighted) activation's gradient, BF16, in one pass."""
     R, G = h_codes.shape
@@ -87,11 +82,8 @@ def swiglu_backward_quantise(
         found = ", ".join(map(_named, (h_codes, h_scale, grad_RF)))
         raise ValueError(f"h in FP8, its scales and the activation's gradient do not fit: {found}")
     begin, count = _tiles(h_codes, layout, weight_R)
-    a_t, a_scale_t, codes, scale, codes_t, scale_t, grad_weight = _swiglu_backward_quantise(
-        h_codes, h_scale, grad_RF, begin, count, weight_R
-    )
-    weight = None if weight_R is None else grad_weight
-    return HiddenGradients(a_t, a_scale_t, codes, scale, codes_t, scale_t, weight)
+    *parts, grad_weight = _swiglu_backward_quantise(h_codes, h_scale, grad_RF, begin, count, weight_R)
+    return HiddenGradients._make([*parts, None if weight_R is None else grad_weight])
 
 
 def _tiles(h: Tensor, layout: Layout | None, weight_R: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -400,7 +392,7 @@ def _backward_quantise_kernel(
     f = tile_f * 128 + tl.arange(0, 128)
     row = tile * 128 + 4 * tl.arange(0, 32)
     most_h, most_a = tl.zeros((32, 128), tl.int32), tl.zeros((32, 128), tl.int32)
-    grads, activations = (), ()
+    grads, activations = (), ()  # type: tuple, tuple
     for j in tl.static_range(0, 4, 2):
         gate0, up0, a0 = _quarter(
             h_ptr, h_scale_ptr, grad_ptr, weight_ptr, begin_ptr, count_ptr, codes_ptr, scale_ptr, part_ptr,
