@@ -10,6 +10,7 @@ import torch
 from litseek_kernels.quantise import quantise_rows
 from litseek_kernels.ref.quantise import dequantise_block, dequantise_rows, quantise_block
 from litseek_kernels.testing import relative_error
+from torch._dynamo.testing import CompileCounter
 
 from litseek.data.batch import MicroBatch
 from litseek.models.transformer import build
@@ -274,3 +275,24 @@ def test_compiled_phases_see_weights_that_were_written(monkeypatch):
             for model in (plain, compiled):
                 for weight in model.parameters():
                     weight.mul_(-1.5)
+
+
+def test_steps_and_layers_share_compiled_phases(monkeypatch):
+    """A step writes all weights: what a compiled phase reads of them must be no constant of its own."""
+    graphs = CompileCounter()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=graphs))
+    sizes = {key: 32 for key in ("q_lora_rank", "kv_lora_rank", "hidden_size", "intermediate_size")}
+    cfg = tiny_config(
+        **sizes, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16, moe_intermediate_size=32, num_hidden_layers=6
+    )
+    model = build(cfg, FP8(), seed=1)
+    model.compile_phases()
+    made = []
+    for _ in range(3):
+        model.attach()
+        model.logits(torch.randint(cfg.vocab_size, (2, 16))).sum().backward()
+        made.append(graphs.frame_count)
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.mul_(0.9)
+    assert made[0] == made[-1] <= 6, made  # attend before either feed-forward, these, and _experts after such a layer

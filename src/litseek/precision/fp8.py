@@ -10,6 +10,7 @@ Letters: M rows, N out, K in, R rows of experts, E experts, D model, F hidden, G
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -31,8 +32,8 @@ HIGH = ("head", "mtp")
 
 WIDTH = 16
 """The products' and the transposed codes' rows start at multiples of 16 bytes."""
-PROGRAMS = 264
-"""Tiles that fill a GPU of 132 multiprocessors evenly enough."""
+MULTIPROCESSORS, FLOPS, BYTES = 132, 8.2e12, 3.0e12
+"""Of a Hopper GPU, the operations a second of one of them, the memory's bytes a second: as timed on an H100."""
 
 
 class Codes(NamedTuple):
@@ -137,10 +138,13 @@ def keep_codes(weight: nn.Parameter) -> None:
 def codes_of(weight: Tensor) -> Codes:
     """The weight's codes as `FP8.attach` keeps them, or made now where it was not attached or has been written since."""
     holder: Any = weight
-    kept = getattr(weight, "codes_of_version", None)  # first whether there are any: inference tensors have no version
-    if not torch.compiler.is_compiling() and (kept is None or kept != version_of(weight)):
-        check_device(weight.device)
-        return Codes(*quantise_weight(weight.detach()))
+    if not torch.compiler.is_compiling():  # there a version would be a constant, and every step compile anew
+        kept = getattr(
+            weight, "codes_of_version", None
+        )  # first whether there are any: inference tensors have no version
+        if kept is None or kept != version_of(weight):
+            check_device(weight.device)
+            return Codes(*quantise_weight(weight.detach()))
     return Codes(holder.fp8_codes, holder.fp8_scale, holder.fp8_codes_t)
 
 
@@ -160,12 +164,25 @@ def _dense(codes_MK: Tensor, scale_kM: Tensor, weight_NK: Tensor, scale_nk: Tens
 
 
 def _dense_wgrad(grad_t: Tensor, grad_scale_t: Tensor, rows_t: Tensor, rows_scale_t: Tensor) -> Tensor:
-    """(N, K). A small matrix has too few tiles for the GPU: the rows are then split into parts, whose sums are added."""
+    """(N, K). Where a matrix has too few tiles for the GPU the rows are split into parts, whose sums are added."""
     (N, M), K = grad_t.shape, rows_t.shape[0]
-    parts = max(1, min(PROGRAMS // (-(-N // 256) * -(-K // TILE)), M // (16 * TILE)))
+    parts = _parts(M, N, K)
     edge = torch.arange(parts + 1, dtype=torch.int32, device=grad_t.device) * (M // TILE) // parts * TILE
     sums = grouped_wgrad_fp8(grad_t, grad_scale_t, rows_t, rows_scale_t, edge)
     return sums[0] if parts == 1 else sums.sum(0)
+
+
+def _parts(M: int, N: int, K: int) -> int:
+    """How many parts take the least time: rounds of 256 x 128 tiles, then the sums written in FP32 and read again."""
+    tiles, best, least = -(-N // 256) * -(-K // TILE), 1, math.inf
+    for parts in range(1, max(1, M // (16 * TILE)) + 1):
+        rounds = -(-tiles * parts // MULTIPROCESSORS)
+        seconds = rounds * (M / parts) * 2 * 256 * TILE / FLOPS
+        if parts > 1:
+            seconds += 8 * parts * N * K / BYTES
+        if seconds < least:
+            best, least = parts, seconds
+    return best
 
 
 class _Product(torch.autograd.Function):
