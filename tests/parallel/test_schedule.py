@@ -46,7 +46,7 @@ def test_every_even_size(kind: str, ranks: int) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("ranks", [2, 4, 6, 8, 14])
+@pytest.mark.parametrize("ranks", [2, 4, 8])
 def test_numbers_of_micro_batches(kind: str, ranks: int) -> None:
     for micros in (2 * ranks + 2, 3 * ranks, 4 * ranks + 6):
         check(make_schedule(kind, ranks, micros))
@@ -54,7 +54,7 @@ def test_numbers_of_micro_batches(kind: str, ranks: int) -> None:
 
 @pytest.mark.parametrize("kind", ["1f1b", "zb1p", "dualpipev"])
 def test_odd_sizes(kind: str) -> None:
-    for ranks, more in itertools.product((1, 3, 5, 9), (0, 1, 3)):
+    for ranks, more in itertools.product((1, 3, 7), (0, 3)):
         check(make_schedule(kind, ranks, 2 * ranks + more))
 
 
@@ -180,7 +180,7 @@ def test_forward_refuses_the_same_ranks(kind: str, bad: int) -> None:
 
 
 class TestTimeline:
-    TIMES = (0.25, 0.5, 1.0, 1.5, 2.0)
+    TIMES = (0.5, 1.0, 1.5)
 
     @pytest.mark.parametrize("kind", KINDS)
     def test_bubble_at_other_times(self, kind: str) -> None:
