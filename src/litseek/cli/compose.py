@@ -26,6 +26,8 @@ from litseek.cli.overrides import Request, expand, key_of, swept_keys
 STAGED = ("train", "pipeline")
 """Commands that have stages, presets, experiment arms and a run folder named after them."""
 
+WHAT = {"bench": ("kernels", "profile", "slice", "step"), "plan": ("schedule",)}
+"""The files of conf/what that each command takes."""
 
 PARENT = "parent:"
 """Stands for the run folder in a pipeline stage's `init_from` until the run has its name."""
@@ -78,6 +80,9 @@ def compose(command: str, overrides: tuple[str, ...], sweep: list[str] | None = 
     """One checked configuration. `sweep` names the keys that vary between the jobs of a sweep (None: no sweep)."""
     if not (conf_dir() / f"{command}.yaml").is_file():
         raise Usage(f"{conf_dir() / (command + '.yaml')} is missing: the installation is incomplete.")
+    what, known = _take(overrides, "what"), WHAT.get(command, ())
+    if command in WHAT and what not in (None, *known) and (conf_dir() / "what" / f"{what}.yaml").is_file():
+        raise Usage(f"what={what} does not go with litseek {command}; it takes {', '.join(known)}.")
     stages: dict[str, DictConfig] = {}
     if command == "train":
         cfg, choices = _train(overrides)

@@ -143,17 +143,17 @@ def program(schedule: Schedule) -> tuple[tuple[Instruction, ...], ...]:
     runs while its tensor is made, no earlier: its buffer would lie empty. Within one rank there is no transfer.
     """
     clock = simulate(schedule)
-    # (end, 0, …) an action; (end, 1, …) a transfer of what it made: any action that needs it ends later
-    timed: list[list[tuple[tuple[float, int, int], Instruction]]] = [[] for _ in schedule.actions]
+    # (end, 0, 0) an action; (end, 1, …) a transfer of what it made: any action that needs it ends later
+    timed: list[list[tuple[float, int, int, Instruction]]] = [[] for _ in schedule.actions]
     for rank, actions in enumerate(schedule.actions):
         for action, (_, end) in zip(actions, clock[rank], strict=True):
-            timed[rank].append(((end, 0, 0), Compute(action)))
+            timed[rank].append((end, 0, 0, Compute(action)))
             for part in action.parts:
                 if (transfer := _transfer(schedule, part, rank)) is not None:
                     tie = (transfer.micro * schedule.num_stages + transfer.stage) * 2 + (transfer.kind == "B")
-                    timed[rank].append(((end, 1, tie), Send(transfer)))
-                    timed[transfer.target].append(((end, 1, tie), Recv(transfer)))
-    return tuple(tuple(step for _, step in sorted(steps, key=lambda item: item[0])) for steps in timed)
+                    timed[rank].append((end, 1, tie, Send(transfer)))
+                    timed[transfer.target].append((end, 1, tie, Recv(transfer)))
+    return tuple(tuple(step[-1] for step in sorted(steps)) for steps in timed)
 
 
 def simulate(schedule: Schedule, f: float = 1, b: float = 1, w: float = 1) -> list[list[tuple[float, float]]]:
@@ -173,13 +173,18 @@ def simulate(schedule: Schedule, f: float = 1, b: float = 1, w: float = 1) -> li
         times, actions = clock[rank], schedule.actions[rank]
         while len(times) < len(actions):
             parts = actions[len(times)].parts
-            needed = [need for part in parts for need in needs(part, last)]
-            missing = next((need for need in needed if need not in done), None)
+            start = times[-1][1] if times else 0
+            missing = None
+            for part in parts:
+                for need in needs(part, last):
+                    if need not in done:
+                        missing = missing or need
+                    elif done[need] > start:
+                        start = done[need]
             if missing is not None:
                 waiting.setdefault(missing, []).append(rank)
                 break
-            start = max(times[-1][1] if times else 0, *(done[need] for need in needed), 0)
-            end = start + sum(cost[part.op] for part in parts)
+            end = start + sum([cost[part.op] for part in parts])
             times.append((start, end))
             for part in parts:
                 made = ("B" if part.op == "I" else part.op, part.stage, part.micro)
