@@ -19,7 +19,6 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_z
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import ParallelStrategy
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from litseek_kernels.adamw import MultiNorm, l2_norm_and_finite
 from torch import Tensor
@@ -28,8 +27,9 @@ from torch.optim import Optimizer
 from litseek.data.batch import MicroBatch
 from litseek.errors import LitseekError
 from litseek.optim import AdamW
-from litseek.parallel import storage
+from litseek.parallel import preempt, storage
 from litseek.parallel.executor import Executor, HeadLoss, StepResult
+from litseek.parallel.launch import Launcher
 
 RECOMPUTED = ("attend", "dispatch", "experts", "combine", "all")
 BUCKET = 2**24
@@ -65,6 +65,8 @@ class LitseekStrategy(ParallelStrategy):
         self._scale: Tensor | None = None
         self._norm = MultiNorm()
         self._host_group: dist.ProcessGroup | None = None
+        self.stopping = False
+        """Whether a rank was asked to stop before the step in progress began: all ranks do after it."""
 
     # -- processes ----------------------------------------------------------------------------------------------
 
@@ -96,7 +98,7 @@ class LitseekStrategy(ParallelStrategy):
         assert self.cluster_environment is not None and self.parallel_devices is not None
         processes = len(self.parallel_devices)
         if processes * self.num_nodes > 1:
-            self._launcher = _SubprocessScriptLauncher(self.cluster_environment, processes, self.num_nodes)
+            self._launcher = Launcher(self.cluster_environment, processes, self.num_nodes)
 
     def setup_environment(self) -> None:
         if type(self.precision_plugin) is not Precision:
@@ -162,9 +164,9 @@ class LitseekStrategy(ParallelStrategy):
 
     def forward_backward(self, micros: Sequence[MicroBatch], head_loss: HeadLoss) -> StepResult:
         """Loss and gradients of the global batch, of which ``micros`` are this rank's part; equal on all ranks."""
-        targets, tokens = self._sum_on_host(
-            [sum(micro.targets for micro in micros), float(sum(micro.num_tokens for micro in micros))]
-        )
+        counts = [sum(micro.targets for micro in micros), float(sum(micro.num_tokens for micro in micros))]
+        targets, tokens, stop = self._sum_on_host([*counts, float(preempt.requested())])
+        self.stopping = stop > 0
         if hasattr(self._module, "attach"):
             self._module.attach()
         # gradients and losses are averaged over ranks below, hence the division here
