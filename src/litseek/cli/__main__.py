@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from types import ModuleType
 
 from litseek.cli import help as help_text
-from litseek.cli.compose import Composed, jobs
-from litseek.cli.errors import INTERRUPTED, Usage, describe, wants_traceback
+from litseek.cli.compose import Composed, cluster_of, jobs, make
+from litseek.cli.errors import Usage, wants_traceback
 from litseek.cli.overrides import Request, parse
-from litseek.cli.say import is_zero, say
-from litseek.errors import Preempted
+from litseek.cli.say import say
+from litseek.cli.status import report
 from litseek.parallel import watchdog
 
 
@@ -57,29 +57,11 @@ def main(argv: list[str] | None = None) -> int:
             alike = False
             _run(*work)
         return 0
-    except KeyboardInterrupt:
-        if not watchdog.fail(INTERRUPTED):
-            _say(INTERRUPTED)
-        return 130
-    except Preempted as stop:
-        if is_zero():
-            _say(str(stop))
-        return 143
-    except BrokenPipeError:  # the reader of our output (head, a pager) left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except Exception as error:
-        sentence = describe(error)
-        said = watchdog.fail(sentence)
-        if traceback:
+    except (Exception, KeyboardInterrupt) as error:
+        status, _ = report(error, alike)
+        if traceback and status in (1, 2):
             raise
-        if not said and not (alike and os.environ.get("LOCAL_RANK", "0") != "0"):
-            _say(sentence if is_zero() else f"rank {os.environ.get('RANK', os.environ.get('LOCAL_RANK'))}: {sentence}")
-        return 2 if isinstance(error, Usage) else 1
-
-
-def _say(sentence: str) -> None:
-    print(f"litseek: {sentence}", file=sys.stderr, flush=True)
+        return status
 
 
 def _prepare(name: str, argv: list[str]) -> tuple[ModuleType, list[Composed]] | None:
@@ -103,6 +85,9 @@ def _prepare(name: str, argv: list[str]) -> tuple[ModuleType, list[Composed]] | 
 
 
 def _run(module: ModuleType, composed: list[Composed]) -> None:
+    if (cluster := cluster_of(composed[0].cfg)) is not None:
+        make(cluster).submit(module.__name__, composed)
+        return
     for number, job in enumerate(composed, 1):
         if len(composed) > 1:
             say(f"[{number}/{len(composed)}] {job.title}")

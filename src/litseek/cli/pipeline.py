@@ -35,7 +35,7 @@ def run(cfg: DictConfig) -> None:
         result = train.train(job, request if asked else None)
         say(train.summary(Path(cfg.run_dir) / name, result))
         if preempt.requested():
-            raise preempt.stopped(f"the end of stage {name}")
+            raise preempt.stopped(f"stage {name}")
     if is_zero():
         (Path(cfg.run_dir) / RERUN).unlink(missing_ok=True)
         finish(cfg)

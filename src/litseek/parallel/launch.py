@@ -36,7 +36,10 @@ class Launcher(_SubprocessScriptLauncher):
             for local_rank, process in enumerate(self.procs, 1):
                 if (status := process.poll()) is not None and not watchdog.watching():
                     how = f"by {signal.Signals(-status).name}" if status < 0 else f"with status {status}"
-                    print(f"litseek: rank {local_rank} of this machine ended {how} before training began.", file=sys.stderr)
+                    print(
+                        f"litseek: rank {local_rank} of this machine ended {how} before training began.",
+                        file=sys.stderr,
+                    )
                     self.kill(signal.SIGKILL)
                     sys.stderr.flush()
                     os._exit(1)

@@ -15,6 +15,7 @@ from lightning.pytorch import Trainer
 
 from litseek.errors import Preempted
 
+ELSEWHERE = "a signal to another rank"
 _received: str | None = None
 """The signal that asked this process to stop, until it has stopped."""
 
@@ -45,14 +46,14 @@ def requested() -> bool:
 def agree(stop: bool) -> None:
     """Where the ranks are not in a step: take over what rank 0 found."""
     global _received
-    _received = (_received or "another rank") if stop else None
+    _received = (_received or ELSEWHERE) if stop else None
 
 
 def stopped(what: str) -> Preempted:
-    """The request has been met; ``what`` the run goes on from."""
+    """The error that ends the run when the request has been met and ``what`` is saved."""
     global _received
-    asked, _received = _received or "another rank", None
-    return Preempted(f"stopped by {asked}; the same command goes on from {what}.")
+    asked, _received = _received or ELSEWHERE, None
+    return Preempted(f"stopped by {asked}: {what} is saved, and the same command goes on from it.")
 
 
 def _note(number: int, frame: Any) -> None:

@@ -105,7 +105,9 @@ class Watchdog:
         threading.Thread(target=run, daemon=True, name="litseek-watchdog").start()
         if rank == 0 and not self._joined.wait(JOIN_S):
             missing = sorted(set(range(1, world)) - set(self._peers))
-            raise LitseekError(f"rank {missing[0]} did not connect to rank 0 within {JOIN_S:.0f} s, {len(missing)} in all.")
+            raise LitseekError(
+                f"rank {missing[0]} did not connect to rank 0 within {JOIN_S:.0f} s, {len(missing)} in all."
+            )
 
     def fail(self, error: str) -> bool:
         if self._left or self._failure is not None:
@@ -240,7 +242,9 @@ class Watchdog:
 
 def _consequence(error: str) -> bool:
     """Whether an error may come from another rank's end, as collectives see it."""
-    return any(word in error for word in ("gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe", "TCPStore"))
+    return any(
+        word in error for word in ("gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe", "TCPStore")
+    )
 
 
 def _say(sentence: str) -> None:

@@ -330,10 +330,11 @@ class StageModule(pl.LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         if self.step == self.trainer.max_steps:  # the one at the end is written by on_train_end, with the results in it
             return
-        stopping = self.strategy.stopping
-        if stopping or (self.checkpoint_every and self.step % self.checkpoint_every == 0):
+        if self.strategy.stopping or (self.checkpoint_every and self.step % self.checkpoint_every == 0):
             self.save()
-        if stopping:
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        if self.strategy.stopping:  # saved above; here the step's metrics are written too
             raise preempt.stopped(f"step {self.step}")
 
     def on_train_end(self) -> None:
