@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -64,6 +65,10 @@ class Submits(BaseSubmititLauncher):
                 f"trainer.devices={self.params['tasks_per_node']} must be a number of GPUs a node with cluster=slurm."
             )
 
+    def owns(self, environment: JobEnvironment) -> bool:
+        """Whether a stopped job is to queue itself again."""
+        return True
+
     def __call__(self, overrides: Any, key: Any, number: int, *_: Any) -> None:  # type: ignore[override]
         """One rank of job ``number``, in its own process."""
         environment = JobEnvironment()
@@ -72,7 +77,8 @@ class Submits(BaseSubmititLauncher):
             importlib.import_module(self.module).run(self.cfgs[number])
         except Preempted as stop:
             say(f"litseek: {stop}")
-            signal.raise_signal(environment._usr_sig())  # submitit's handler: rank 0 queues the job again and exits
+            if self.owns(environment):
+                signal.raise_signal(environment._usr_sig())  # submitit's handler: rank 0 queues the job again and exits
             raise SystemExit(0) from None
         except Exception as error:
             sys.tracebacklimit = 1000 if self.cfgs[number].debug else 0
@@ -87,6 +93,13 @@ class Slurm(Submits, SlurmLauncher):
         super().check()
         if shutil.which("sbatch") is None:
             raise LitseekError("cluster=slurm: there is no sbatch on this machine; submit from a node that has it.")
+
+    def owns(self, environment: JobEnvironment) -> bool:
+        """A job that SLURM is ending already is SLURM's: it does not come back after scancel."""
+        asked = subprocess.run(
+            ["squeue", "--noheader", "--jobs", environment.raw_job_id, "--format", "%T"], capture_output=True, text=True
+        )
+        return asked.returncode != 0 or asked.stdout.strip() in ("RUNNING", "")
 
 
 class Local(Submits, LocalLauncher):
