@@ -11,6 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+_MASTERS = WeakTensorKeyDictionary()
+"""Copy -> a weak reference to its master."""
 
 
 def attach_copy(master: nn.Parameter, dtype: torch.dtype) -> None:
@@ -28,7 +32,7 @@ def attach_copy(master: nn.Parameter, dtype: torch.dtype) -> None:
         # weakly: the hook is held where Python's collector does not look, and a cycle through it would never be freed
         owner: Any = weakref.ref(master)
         copy.register_post_accumulate_grad_hook(lambda leaf: _hand_over(leaf, owner()))
-        copy.copy_of = owner
+        _MASTERS[copy] = owner
     dynamic: Any = master
     dynamic.compute_copy = copy
     mark_fresh(master)
@@ -69,7 +73,7 @@ def _hands_over(copy: Tensor) -> bool:
 
 def add_gradient(leaf: Tensor, grad: Tensor) -> None:
     """Where backward would have added it: to a master's gradient, of a master or of its copy."""
-    owner = getattr(leaf, "copy_of", None)
+    owner = _MASTERS.get(leaf)
     master = leaf if owner is None else owner()
     if master.grad is None:
         master.grad = grad.to(master.dtype)

@@ -109,6 +109,13 @@ def make(node: DictConfig, **extra: Any) -> Any:
     return instantiate(node, _convert_="all", _partial_=True)(**extra)
 
 
+def cluster_of(cfg: DictConfig) -> DictConfig | None:
+    """Where a job is to be submitted; None when it runs here. A pipeline is one job, its first stage's."""
+    found = next(iter(cfg.jobs.values()), cfg) if "jobs" in cfg else cfg
+    cluster = found.get("cluster")
+    return cluster if cluster and "_target_" in cluster else None
+
+
 def _check(cfg: DictConfig, about: str) -> None:
     check_missing(cfg, about)
     check_targets(cfg)

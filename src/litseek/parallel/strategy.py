@@ -21,15 +21,15 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_z
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import ParallelStrategy
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from litseek.data.batch import MicroBatch
 from litseek.optim import AdamW
-from litseek.parallel import storage
+from litseek.parallel import preempt, storage
 from litseek.parallel.executor import EXCHANGE, Executor, HeadLoss, StepResult, talks
+from litseek.parallel.launch import Launcher
 from litseek.parallel.mesh import Mesh
 from litseek.parallel.schedule import KINDS, make_schedule
 from litseek.parallel.sums import Sums
@@ -94,6 +94,8 @@ class LitseekStrategy(ParallelStrategy):
         self._shares: Shares | None = None
         self.step_result: StepResult | None = None
         self._scale: Tensor | None = None
+        self.stopping = False
+        """Whether a rank was asked to stop before the step in progress began: all ranks do after it."""
 
     def connect(self, model: LightningModule) -> None:
         super().connect(model)
@@ -150,7 +152,7 @@ class LitseekStrategy(ParallelStrategy):
         assert self.cluster_environment is not None and self.parallel_devices is not None
         processes = len(self.parallel_devices)
         if processes * self.num_nodes > 1:
-            self._launcher = _SubprocessScriptLauncher(self.cluster_environment, processes, self.num_nodes)
+            self._launcher = Launcher(self.cluster_environment, processes, self.num_nodes)
 
     def setup_environment(self) -> None:
         if type(self.precision_plugin) is not Precision:
@@ -243,7 +245,7 @@ class LitseekStrategy(ParallelStrategy):
 
     def forward_backward(self, micros: Sequence[MicroBatch], head_loss: HeadLoss) -> StepResult:
         """Loss and gradients of the global batch, of which ``micros`` are this rank's part; equal on all ranks."""
-        targets, tokens = self.sums.batch(micros)
+        targets, tokens, self.stopping = self.sums.batch(micros, preempt.requested())
         if hasattr(self._module, "attach"):
             self._module.attach()
         # gradients and losses are averaged over the global batch's ranks below, hence the division here

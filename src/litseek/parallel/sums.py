@@ -24,8 +24,8 @@ class Sums:
         self._names: tuple[list[str], dict[str, int]] | None = None
         self._norms: dict[float, MultiNorm] = {}
 
-    def batch(self, micros: Sequence[MicroBatch]) -> tuple[float, int]:
-        """(targets, tokens) of the global batch.
+    def batch(self, micros: Sequence[MicroBatch], stop: bool = False) -> tuple[float, int, bool]:
+        """(targets, tokens, stop) of the global batch: ``stop`` if any rank asks for it.
 
         LitseekError, on every rank, if the ranks of a pipeline were given different micro-batches, or ranks that exchange
         rows different numbers of them.
@@ -34,16 +34,16 @@ class Sums:
         targets = sum(micro.targets for micro in counted)
         tokens = sum(micro.num_tokens for micro in counted)
         if self.mesh.world == 1:
-            return targets, tokens
+            return targets, tokens, stop
         shapes = 0
         for micro in micros:
             for size in micro.tokens.shape:
                 shapes = (shapes * 1000003 + size) % 2**40
-        rows = self.gather([targets, tokens, len(micros), shapes])
+        rows = self.gather([targets, tokens, len(micros), shapes, float(stop)])
         dp = self.mesh.dp
         for rank, row in enumerate(rows):
             partner = rows[rank % dp]
-            if row[2:] != partner[2:]:
+            if row[2:4] != partner[2:4]:
                 raise LitseekError(
                     f"rank {rank} of the pipeline has {int(row[2])} micro-batches of other lengths than rank {rank % dp}, "
                     f"which has {int(partner[2])}: all ranks of a pipeline must be given the same batch."
@@ -53,7 +53,8 @@ class Sums:
                     f"rank {rank} has {int(row[2])} micro-batches and rank 0 has {int(rows[0][2])}: ranks that share "
                     "experts must run as many."
                 )
-        return sum(row[0] for row in rows[:dp]), int(sum(row[1] for row in rows[:dp]))
+        stop = any(row[4] for row in rows)
+        return sum(row[0] for row in rows[:dp]), int(sum(row[1] for row in rows[:dp])), stop
 
     def gather(self, values: Sequence[float]) -> list[list[float]]:
         """Every rank's numbers, in order of ranks."""

@@ -19,6 +19,7 @@ from litseek.losses import linear_cross_entropy, mtp_loss
 from litseek.models.config import DeepSeekV3Config
 from litseek.models.transformer import Transformer, build
 from litseek.optim import BatchRamp, set_lr, update_biases_
+from litseek.parallel import preempt
 from litseek.parallel.checkpoint import CheckpointRef, load_weights
 from litseek.parallel.executor import Executor, State, StepResult
 from litseek.parallel.strategy import LitseekStrategy
@@ -338,9 +339,15 @@ class StageModule(pl.LightningModule):
         return Path(self.trainer.default_root_dir) / "checkpoints"
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        # the one at the end is written by on_train_end, with the results in it
-        if self.checkpoint_every and self.step % self.checkpoint_every == 0 and self.step != self.trainer.max_steps:
+        if self.step == self.trainer.max_steps:  # the one at the end is written by on_train_end, with the results in it
+            return
+        if self.strategy.stopping or (self.checkpoint_every and self.step % self.checkpoint_every == 0):
             self.save()
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        if self.strategy.stopping:  # saved above; here the step's metrics are written too
+            self.strategy.finish_checkpoint()
+            raise preempt.stopped(f"step {self.step}")
 
     def on_train_end(self) -> None:
         self.results |= self.final_metrics()
