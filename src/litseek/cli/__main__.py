@@ -34,7 +34,9 @@ COMMANDS = {
     "generate": Command("litseek.cli.generate", "answer a prompt, a file of prompts, or chat when there is no prompt"),
     "convert": Command("litseek.cli.convert", "read and write the released Hugging Face layout, FP8 or BF16"),
     "bench": Command("litseek.cli.bench", "time the training step, its parts and the kernels, beside peers"),
-    "plan": Command("litseek.cli.plan", "what a pipeline schedule costs before it runs: bubble, activations, a picture"),
+    "plan": Command(
+        "litseek.cli.plan", "what a pipeline schedule costs before it runs: bubble, activations, a picture"
+    ),
     "report": Command(
         "litseek.cli.report", "turn a run or an experiments folder into a page, tables and plots", "folder"
     ),

@@ -23,7 +23,9 @@ def run(cfg: DictConfig) -> None:
     if cfg.out is not None:
         file, picture = outputs(cfg)
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("[\n" + ",\n".join(json.dumps(event.as_dict()) for event in line.events) + "\n]\n", encoding="utf-8")
+        file.write_text(
+            "[\n" + ",\n".join(json.dumps(event.as_dict()) for event in line.events) + "\n]\n", encoding="utf-8"
+        )
         draw(line, picture)
         print(f"{file}: {len(line.events)} events; {picture}: their picture.")
 
@@ -52,7 +54,9 @@ def outputs(cfg: DictConfig) -> tuple[Path, Path]:
     """The JSON file and the picture beside it."""
     file = Path(cfg.out).expanduser()
     if file.is_dir() or file.suffix == ".png":
-        raise Usage(f"out={cfg.out} must name a file for the JSON list, such as timeline.json; the picture is its .png.")
+        raise Usage(
+            f"out={cfg.out} must name a file for the JSON list, such as timeline.json; the picture is its .png."
+        )
     return file, file.with_suffix(".png")
 
 
@@ -84,5 +88,7 @@ def per_rank(line: Timeline) -> Table:
         cells = (rank, " ".join(map(str, stages)), peak, f"{mine[0].start:g}", f"{line.time - mine[-1].end:g}")
         table.add_row(*map(str, cells))
     if s.kind == "dualpipe":
-        table.caption = "of the two stages, counted along a micro-batch's own direction, a rank has each for one direction"
+        table.caption = (
+            "of the two stages, counted along a micro-batch's own direction, a rank has each for one direction"
+        )
     return table

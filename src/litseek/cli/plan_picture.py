@@ -40,7 +40,9 @@ def draw(line: Timeline, file: Path) -> None:
         axes.spines[["left", "bottom"]].set_visible(False)
         axes.set_facecolor("#f3f4f6")
         share = 100 * line.bubble / line.time
-        axes.set_title(f"{s.kind}: {s.ranks} ranks, {s.num_stages} stages, {s.micros} micro-batches, bubble {share:.1f}%")
+        axes.set_title(
+            f"{s.kind}: {s.ranks} ranks, {s.num_stages} stages, {s.micros} micro-batches, bubble {share:.1f}%"
+        )
         axes.legend(handles=_legend(line), loc="upper center", bbox_to_anchor=(0.5, -0.16 - 0.5 / s.ranks), ncols=7)
         FigureCanvasAgg(figure).print_png(str(file))
 
@@ -56,7 +58,9 @@ def _box(axes: Axes, line: Timeline, event: Event, per_unit: float, row: float) 
         top = event.rank - 0.43 + i * height
         second = _second_lane(line, part)
         axes.add_patch(
-            Rectangle((event.start, top), length, height, facecolor=_colour(part.op, second), edgecolor=PAPER, linewidth=0.6)
+            Rectangle(
+                (event.start, top), length, height, facecolor=_colour(part.op, second), edgecolor=PAPER, linewidth=0.6
+            )
         )
         text = str(part.micro)
         size = min(0.62 * height * row, 0.8 * per_unit * length / (0.64 * len(text)), 9)
@@ -64,7 +68,9 @@ def _box(axes: Axes, line: Timeline, event: Event, per_unit: float, row: float) 
             place: Any = (event.start + length / 2, top + height / 2)
             axes.text(*place, text, size=size, ha="center", va="center_baseline", color=INK)
     if len(event.parts) > 1:
-        axes.add_patch(Rectangle((event.start, event.rank - 0.43), length, 0.86, fill=False, edgecolor=INK, linewidth=0.9))
+        axes.add_patch(
+            Rectangle((event.start, event.rank - 0.43), length, 0.86, fill=False, edgecolor=INK, linewidth=0.9)
+        )
 
 
 def _second_lane(line: Timeline, part: Part) -> bool:

@@ -73,15 +73,21 @@ class LitseekStrategy(ParallelStrategy):
             if name not in RECOMPUTED:
                 raise ValueError(f"strategy.recompute names '{name}': allowed are {', '.join(RECOMPUTED)}.")
             if ep > 1 and name in EXCHANGE:
-                raise ValueError(f"strategy.recompute names '{name}', which talks to other ranks: strategy.ep={ep} must be 1.")
+                raise ValueError(
+                    f"strategy.recompute names '{name}', which talks to other ranks: strategy.ep={ep} must be 1."
+                )
         if schedule is not None and schedule not in KINDS:
             raise ValueError(f"strategy.schedule={schedule} is not known: allowed are {', '.join(KINDS)}, or null.")
         if pp > 1 and schedule is None:
             raise ValueError(f"strategy.pp={pp} needs strategy.schedule: one of {', '.join(KINDS)}.")
         if schedule is not None and chunks != 1:
-            raise ValueError(f"strategy.chunks={chunks} is for one process, strategy.schedule={schedule} cuts by itself.")
+            raise ValueError(
+                f"strategy.chunks={chunks} is for one process, strategy.schedule={schedule} cuts by itself."
+            )
         if schedule == "dualpipe" and pp % 2:
-            raise ValueError(f"strategy.schedule=dualpipe pairs the ranks of a pipeline: strategy.pp={pp} must be even.")
+            raise ValueError(
+                f"strategy.schedule=dualpipe pairs the ranks of a pipeline: strategy.pp={pp} must be even."
+            )
         self.pp, self.ep, self.schedule, self.overlap, self.zero = pp, ep, schedule, overlap, zero
         Mesh(pp * ep, pp, ep)  # checks them
         self.num_chunks, self.recompute = chunks, tuple(recompute)

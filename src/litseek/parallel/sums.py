@@ -125,4 +125,3 @@ class Sums:
             sums[1] += (~finite).double()
         dist.all_reduce(sums)
         return sums[0].sqrt().float(), sums[1] == 0
-

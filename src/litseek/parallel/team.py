@@ -81,9 +81,7 @@ class Team:
 
     # -- the step -----------------------------------------------------------------------------------------------
 
-    def executor(
-        self, phases: Sequence[Any], chunks: int, recompute: Callable[[str], bool], beside: bool
-    ) -> Executor:
+    def executor(self, phases: Sequence[Any], chunks: int, recompute: Callable[[str], bool], beside: bool) -> Executor:
         if self.plan is None or self.layout.num_stages == 1:
             return Executor(phases, chunks, recompute, beside)
         stages = self.plan.stages(phases)

@@ -196,9 +196,7 @@ def _slots(
         place += _room(share, len(share.placement.replicas))
 
 
-def _buckets(
-    shares: Sequence[Share], tensor: Callable[[Share], Tensor]
-) -> list[tuple[Ranks, list[Share]]]:
+def _buckets(shares: Sequence[Share], tensor: Callable[[Share], Tensor]) -> list[tuple[Ranks, list[Share]]]:
     """Runs of one replica group, kind and dtype, of about ``BUCKET`` elements; in the same order on all its ranks."""
     kinds: dict[tuple[Ranks, bool, torch.dtype], list[list[Share]]] = {}
     for share in shares:
