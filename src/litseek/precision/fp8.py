@@ -20,7 +20,7 @@ from litseek_kernels.grouped_gemm import grouped_mm_fp8
 from litseek_kernels.grouped_wgrad import grouped_wgrad_fp8
 from litseek_kernels.layout import TILE, Layout, padded_capacity, row_layout
 from litseek_kernels.quantise import quantise_both, quantise_rows, quantise_weight, requantise_transposed
-from litseek_kernels.swiglu import swiglu_backward_quantise, swiglu_quantise
+from litseek_kernels.swiglu_fp8 import swiglu_backward_quantise, swiglu_quantise
 from torch import Tensor, nn
 
 from litseek.copies import version_of
