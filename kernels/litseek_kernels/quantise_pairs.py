@@ -87,7 +87,9 @@ def _kernel(
         both = gl.join(low_of(pairs) * inverse[:, None], high_of(pairs) * inverse[:, None])
         code = gl.convert_layout(to_e4m3(gl.reshape(both, [STEP, 128])), numbers, assert_trivial=True)
         row = tile * 128 + first + gl.arange(0, STEP, gl.SliceLayout(1, numbers))
-        gl.store(codes_ptr + row.to(gl.int64)[:, None] * K + k[None, :], code, mask=(row < M)[:, None] & (k < K)[None, :])
+        gl.store(
+            codes_ptr + row.to(gl.int64)[:, None] * K + k[None, :], code, mask=(row < M)[:, None] & (k < K)[None, :]
+        )
         row = tile * 128 + first + i
         gl.store(scale_ptr + tile_k.to(gl.int64) * M + row, scale, mask=row < M)
     pairs = words.load(columns)
