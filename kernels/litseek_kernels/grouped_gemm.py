@@ -12,6 +12,7 @@ registers a thread.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
 from triton.experimental import gluon
@@ -71,9 +72,34 @@ def mm_fp8(
     weight_scale_nk: Tensor,
     out_dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
-    """(M, N): the dense case, one expert that owns every row. M is a multiple of 128."""
-    tile_expert = torch.zeros(codes_MK.shape[0] // TILE, dtype=torch.int32, device=codes_MK.device)
-    return grouped_mm_fp8(codes_MK, scale_kM, weight_NK[None], weight_scale_nk[None], tile_expert, out_dtype=out_dtype)
+    """(M, N): the dense case, one expert that owns every row. M is a multiple of 128.
+
+    torch's own product where it takes the shape and is faster, the grouped kernel elsewhere: seen equal bit for bit.
+    """
+    M, one, stack = codes_MK.shape[0], weight_NK[None], weight_scale_nk[None]
+    if codes_MK.is_cuda and out_dtype == torch.bfloat16 and _torch_is_faster(*weight_NK.shape):
+        check(codes_MK, scale_kM, one, stack, torch.empty(M // TILE, dtype=torch.int32), out_dtype, None, None)
+        return _dense_mm_op(codes_MK, scale_kM, weight_NK, weight_scale_nk)
+    tile_expert = torch.zeros(M // TILE, dtype=torch.int32, device=codes_MK.device)
+    return grouped_mm_fp8(codes_MK, scale_kM, one, stack, tile_expert, out_dtype=out_dtype)
+
+
+def _torch_is_faster(N: int, K: int) -> bool:
+    """It wants four scales along K at a time, and on an H200 it gains 1 to 24% but where the output is wide: 512 to 4096
+    takes 5% longer, 1536 to 12288 2%."""
+    return K % (4 * TILE) == 0 and N <= 2 * K
+
+
+@torch.library.custom_op("litseek::dense_mm_fp8", mutates_args=())
+def _dense_mm_op(codes: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
+    rows, block = F.ScalingType.BlockWise1x128, F.ScalingType.BlockWise128x128
+    kn = weight_scale.contiguous().t()
+    return F.scaled_mm(codes, weight.t(), scale.t(), rows, kn, block, output_dtype=torch.bfloat16)
+
+
+@_dense_mm_op.register_fake
+def _(codes, scale, weight, weight_scale):
+    return codes.new_empty(codes.shape[0], weight.shape[0], dtype=torch.bfloat16)
 
 
 @torch.library.custom_op("litseek::grouped_mm_fp8", mutates_args=())

@@ -4,7 +4,8 @@ Letters: R rows of experts (compact or padded, see litseek_kernels.layout), F hi
 ``weight`` is one number a row, the gate's, multiplied into the activation.
 
 Backward is Gluon for Hopper: its three matrices wait in shared memory as BF16 until the largest number of every column is
-known. In registers they left room for one program of 8 warps a multiprocessor: 1445 GB/s on an H200.
+known: 2384 GB/s on an H200, where in registers they left room for one program of 8 warps a multiprocessor: 1445 GB/s. The
+two-way quantiser, whose state is a third, gains nothing from it.
 """
 
 from __future__ import annotations

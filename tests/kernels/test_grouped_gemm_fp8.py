@@ -134,6 +134,19 @@ def test_dense_is_one_expert(device):
     assert error(got, (rows @ full.t()).cpu()) < 1e-3
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("N", "K"), [(576, 1536), (1536, 1536), (512, 4096), (1536, 576)])
+def test_torchs_dense_product_is_the_grouped_kernels(N, K, device):
+    """Where `mm_fp8` takes torch's on a GPU (K a multiple of 512), and next to it; weights' scales turned as for dgrad."""
+    codes, scale, weight, weight_scale, _ = inputs([384], N, K, device=device)
+    codes, scale, turned = codes[:384], scale[:, :384].contiguous(), weight_scale[0].t().contiguous().t()
+    one_J = torch.zeros(3, dtype=torch.int32, device=device)
+    got = kernel.mm_fp8(codes, scale, weight[0], turned)
+    assert torch.equal(got, kernel.grouped_mm_fp8(codes, scale, weight, turned[None], one_J))
+    exact = kernel.grouped_mm_fp8(codes, scale, weight, turned[None], one_J, out_dtype=torch.float32)
+    assert error(got, exact.double().cpu()) < 2e-3
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "counts, N, K", [([900, 1100, 0, 77], 1536, 768), ([2048], 4096, 7168), ([5, 300] * 16, 512, 1536)]

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from litseek_kernels.grouped_gemm import grouped_mm_fp8
+from litseek_kernels.grouped_gemm import grouped_mm_fp8, mm_fp8
 from litseek_kernels.grouped_wgrad import grouped_wgrad_fp8
 from litseek_kernels.layout import TILE, Layout, padded_capacity, row_layout
 from litseek_kernels.quantise import quantise_both, quantise_rows, quantise_weight, requantise_transposed
@@ -160,11 +160,6 @@ def check_device(device: torch.device) -> None:
         )
 
 
-def _dense(codes_MK: Tensor, scale_kM: Tensor, weight_NK: Tensor, scale_nk: Tensor) -> Tensor:
-    one_J = torch.zeros(codes_MK.shape[0] // TILE, dtype=torch.int32, device=codes_MK.device)
-    return grouped_mm_fp8(codes_MK, scale_kM, weight_NK[None], scale_nk[None], one_J)
-
-
 def _dense_wgrad(grad_t: Tensor, grad_scale_t: Tensor, rows_t: Tensor, rows_scale_t: Tensor) -> Tensor:
     """(N, K). Where a matrix has too few tiles for the GPU the rows are split into parts, whose sums are added."""
     (N, M), K = grad_t.shape, rows_t.shape[0]
@@ -210,7 +205,7 @@ class _Product(torch.autograd.Function):
         else:
             rows, rows_scale, *kept = quantise_both(rows_MK)
         ctx.save_for_backward(*kept, scale, codes_t)
-        return _dense(rows, rows_scale, codes, scale)
+        return mm_fp8(rows, rows_scale, codes, scale)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -218,7 +213,7 @@ class _Product(torch.autograd.Function):
         if ctx.turned:
             rows_t, rows_scale_t = requantise_transposed(rows_t, rows_scale_t)
         grad, grad_scale, grad_t, grad_scale_t = quantise_both(grads[0].contiguous())
-        grad_rows = _dense(grad, grad_scale, codes_t, scale.t())
+        grad_rows = mm_fp8(grad, grad_scale, codes_t, scale.t())
         operands = grad_t, grad_scale_t, rows_t, rows_scale_t
         return grad_rows, _of_weight(ctx.leaves[0], lambda: _dense_wgrad(*operands)), None, None, None, None
 
@@ -231,7 +226,7 @@ class _Products(torch.autograd.Function):
         rows, rows_scale, *kept = quantise_both(rows_MK)
         codes, ctx.leaves = weights_and_codes[count:], _leaves(*weights_and_codes[:count])
         ctx.save_for_backward(*kept, *codes[1::3], *codes[2::3])
-        return tuple(_dense(rows, rows_scale, *codes[3 * i : 3 * i + 2]) for i in range(count))
+        return tuple(mm_fp8(rows, rows_scale, *codes[3 * i : 3 * i + 2]) for i in range(count))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -239,7 +234,7 @@ class _Products(torch.autograd.Function):
         count, grad_rows, grad_weights = len(grads), None, []
         for one, leaf, scale, codes_t in zip(grads, ctx.leaves, codes[:count], codes[count:]):
             grad, grad_scale, grad_t, grad_scale_t = quantise_both(one.contiguous())
-            part = _dense(grad, grad_scale, codes_t, scale.t())
+            part = mm_fp8(grad, grad_scale, codes_t, scale.t())
             grad_rows = part if grad_rows is None else grad_rows + part
             operands = grad_t, grad_scale_t, rows_t, rows_scale_t
             grad_weights.append(_of_weight(leaf, partial(_dense_wgrad, *operands)))
@@ -305,6 +300,21 @@ def _one_expert(rows_MD: Tensor) -> Layout:
     return Layout(torch.zeros_like(tile), start, tile * TILE, torch.full_like(tile, TILE))
 
 
+def _stack_product(
+    codes_RK: Tensor,
+    scale_kR: Tensor,
+    weight_ENK: Tensor,
+    scale_Enk: Tensor,
+    layout: Layout,
+    compact: tuple[Tensor, Tensor, int] | None,
+    grouped: bool,
+) -> Tensor:
+    """Rows through the matrices of their experts, or, not ``grouped``, all through the only one."""
+    if not grouped:
+        return mm_fp8(codes_RK, scale_kR, weight_ENK[0], scale_Enk[0])
+    return grouped_mm_fp8(codes_RK, scale_kR, weight_ENK, scale_Enk, layout.tile_expert, compact=compact)
+
+
 def _forward(
     rows_RD: Tensor, weight_R: Tensor | None, up: Codes, down: Codes, padding: Layout | None, layout: Layout
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
@@ -313,10 +323,10 @@ def _forward(
     has (report §3.3.3), which leaves rows that came through it as they are."""
     routed = padding is not None
     rows, rows_scale, rows_t, rows_scale_t = quantise_both(rows_RD, power_of_two=routed, layout=padding)
-    hidden = grouped_mm_fp8(rows, rows_scale, up.codes, up.scale, layout.tile_expert)
+    hidden = _stack_product(rows, rows_scale, up.codes, up.scale, layout, None, routed)
     act, act_scale, kept, kept_scale = swiglu_quantise(hidden, layout=padding, weight_R=weight_R)
     compact = None if padding is None else (layout.tile_begin, layout.tile_count, rows_RD.shape[0])
-    out = grouped_mm_fp8(act, act_scale, down.codes, down.scale, layout.tile_expert, compact=compact)
+    out = _stack_product(act, act_scale, down.codes, down.scale, layout, compact, routed)
     weights = up.scale, up.codes_t, down.scale, down.codes_t
     return out, (rows_t, rows_scale_t, kept, kept_scale, weight_R, *weights, *layout)
 
@@ -329,13 +339,11 @@ def _backward(
     layout = Layout(*kept[9:])
     padding = layout if padded else None
     grad, grad_scale, grad_t, grad_scale_t = quantise_both(grad_RD.contiguous(), power_of_two=padded, layout=padding)
-    grad_act = grouped_mm_fp8(grad, grad_scale, down_codes_t, down_scale.transpose(1, 2), layout.tile_expert)
+    grad_act = _stack_product(grad, grad_scale, down_codes_t, down_scale.transpose(1, 2), layout, None, padded)
     made = swiglu_backward_quantise(hidden, hidden_scale, grad_act, layout=padding, weight_R=weight_R)
     wgrad = partial(grouped_wgrad_fp8, padded_start_E=layout.padded_start_E) if padded else _dense_wgrad
     of_down = partial(wgrad, grad_t, grad_scale_t, made.activation_t, made.activation_scale_t)
     compact = (layout.tile_begin, layout.tile_count, grad_RD.shape[0]) if padded else None
-    grad_rows = grouped_mm_fp8(
-        made.codes, made.scale, up_codes_t, up_scale.transpose(1, 2), layout.tile_expert, compact=compact
-    )
+    grad_rows = _stack_product(made.codes, made.scale, up_codes_t, up_scale.transpose(1, 2), layout, compact, padded)
     of_up = partial(wgrad, made.codes_t, made.scale_t, rows_t, rows_scale_t)
     return grad_rows, of_up, of_down, made.weight
