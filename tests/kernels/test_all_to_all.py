@@ -61,7 +61,7 @@ class Node:
 
 def tokens_of(case: str, world: int, T: int, K: int, E: int, device) -> list[Tensor]:
     """expert_TK of each rank."""
-    g = torch.Generator().manual_seed(hash(case) % 1000)
+    g = torch.Generator().manual_seed(sum(map(ord, case)))
     out = []
     for r in range(world):
         count = {"a rank without tokens": 0 if r == 0 else T, "fewer on some": T - r, "no tokens": 0}.get(case, T)
@@ -87,20 +87,19 @@ CASES = {
     "none leaves": (2, 4, 2, 4, 16),
     "one rank": (1, 6, 2, 4, 32),
     "one choice": (2, 5, 1, 6, 16),
-    "experts not a power of two": (2, 70, 5, 10, 16),
+    "experts not a power of two": (2, 14, 5, 10, 16),
     "yardstick's width": (2, 3, 6, 16, 1536),
     "671B's width": (2, 2, 8, 16, 7168),
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case, dtype", [*((case, torch.float32) for case in CASES), ("even", torch.bfloat16)])
 def test_rows_arrive_sorted_and_sums_come_back(case, dtype, device):
     world, T, K, E, D = CASES[case]
     node, L = Node(world, T, K, D, 4, device), E // world
     capacity = world * T * K
-    for turn in range(3):  # both halves, and the first one again
-        expert = tokens_of(f"{case}", world, T, K, E, device)
+    for turn in range(3 if case == "even" else 1):  # both halves, and the first one again
+        expert = tokens_of(case, world, T, K, E, device)
         torch.manual_seed(turn)
         x = [torch.randn(len(e), D, device=device).to(dtype) for e in expert]
         weight = [torch.rand(len(e), K, device=device) for e in expert]
