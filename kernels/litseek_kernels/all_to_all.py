@@ -43,7 +43,7 @@ def send(
     expert_TK: Tensor,
     num_local: int,
     weight_TK: Tensor | None = None,
-    scale_kT: Tensor | None = None,
+    scale_Tk: Tensor | None = None,
     choices: bool = True,
 ) -> None:
     """Each token's row, choices, weights (FP32) and scales to the ranks that hold its experts, rank d those from
@@ -52,10 +52,10 @@ def send(
     keep the places of an earlier exchange."""
     T, K = expert_TK.shape
     _check(buffers, rows_TD, T, K)
-    if scale_kT is not None and scale_kT.shape != (-(-buffers.hidden // TILE), T):
-        raise ValueError(f"scales {tuple(scale_kT.shape)} do not fit rows {tuple(rows_TD.shape)}")
+    if scale_Tk is not None and scale_Tk.shape != (T, -(-buffers.hidden // TILE)):
+        raise ValueError(f"scales {tuple(scale_Tk.shape)} do not fit rows {tuple(rows_TD.shape)}")
     weight = None if weight_TK is None else weight_TK.float().contiguous()
-    scale = None if scale_kT is None else scale_kT.contiguous()
+    scale = None if scale_Tk is None else scale_Tk.contiguous()
     _launch_send(buffers, rows_TD, 0, expert_TK.contiguous(), 0, T, num_local, weight, 0, scale, choices)
 
 
@@ -221,12 +221,12 @@ def _send_kernel(
                 weight = tl.load(weight_ptr + d * weight_stride + at, mask=at < T * K, other=0.0)
                 tl.store(to + at, weight, mask=at < T * K)
         if SCALES:
-            to = (base + scale_at).to(tl.pointer_type(tl.uint8)) + me * blocks_k * ROOM
-            for start in range(first * step, blocks_k * T, programs * step):
+            to = tl.multiple_of((base + scale_at).to(tl.pointer_type(tl.uint8)), 16) + me * ROOM * blocks_k
+            for start in range(first * step, T * blocks_k, programs * step):
                 at = start + i
-                scale = tl.load(scale_ptr + at, mask=at < blocks_k * T, other=0.0)
+                scale = tl.load(scale_ptr + at, mask=at < T * blocks_k, other=0.0)
                 exponent = (scale.to(tl.int32, bitcast=True) >> 23) & 0xFF
-                tl.store(to + at // T * ROOM + at % T, exponent.to(tl.uint8), mask=at < blocks_k * T)
+                tl.store(to + at, exponent.to(tl.uint8), mask=at < T * blocks_k)
 
     k = tl.arange(0, BLOCK_K)
     w = tl.arange(0, PIECE)
@@ -354,8 +354,7 @@ def _expand_kernel(
             x = tl.load(buffer_ptr + _last_half(state_ptr, half, EXCHANGES) + slot * D + d, mask=d < D)
         if SCALED:
             scales = scale_ptr + _last_half(state_ptr, half_scale, EXCHANGES)
-            at = (source * tl.cdiv(D, 128) + d // 128) * ROOM + t
-            exponent = tl.load(scales + at, mask=d < D, other=0).to(tl.int32)
+            exponent = tl.load(scales + slot * tl.cdiv(D, 128) + d // 128, mask=d < D, other=0).to(tl.int32)
             scale = tl.where(exponent == 255, 0x7FC00000, exponent << 23).to(tl.float32, bitcast=True)
             x = from_e4m3(x) * scale
         for j in tl.static_range(K):

@@ -136,8 +136,9 @@ def test_an_fp8_payload_arrives_as_what_its_codes_mean(T, D, device):
     x = [torch.randn(T, D, device=device, dtype=torch.bfloat16) * 30 for _ in expert]
     x[0][0, 3], x[0][1, 5], x[1][0] = torch.nan, torch.inf, 0
     codes, scale = zip(*(quantise_rows(one, power_of_two=True) for one in x))
+    scale = [part.t() for part in scale]
     weight = [torch.rand(T, K, device=device) for _ in expert]
-    wanted = ref.dispatch(list(codes), expert, weight, E // world, world * T * K, list(scale))
+    wanted = ref.dispatch(list(codes), expert, weight, E // world, world * T * K, scale)
     found = node.dispatch(codes, expert, weight, E // world, world * T * K, scale)
     for (rows, count, weight_R, _), (rows_w, count_w, weight_w) in zip(found, wanted):
         assert rows.dtype == torch.bfloat16 and torch.equal(count, count_w)

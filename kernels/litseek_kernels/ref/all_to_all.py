@@ -32,12 +32,12 @@ def dispatch(
     weight_WTK: list[Tensor],
     num_local: int,
     capacity: int,
-    scale_WkT: list[Tensor] | None = None,
+    scale_WTk: list[Tensor] | None = None,
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
     """For each rank rows (R, D) sorted by expert, count_L and weight_R. Codes with their scales arrive as bfloat16, which
     holds a code times a power of two exactly."""
-    if scale_WkT is not None:
-        x_WTD = [dequantise_rows(codes, scale).to(torch.bfloat16) for codes, scale in zip(x_WTD, scale_WkT)]
+    if scale_WTk is not None:
+        x_WTD = [dequantise_rows(codes, scale.t()).to(torch.bfloat16) for codes, scale in zip(x_WTD, scale_WTk)]
     out = []
     for rank in range(len(x_WTD)):
         place_WTK, count, _ = places(expert_WTK, num_local, rank, capacity)
