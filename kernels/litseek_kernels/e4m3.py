@@ -19,6 +19,60 @@ def magnitude(x):
 
 
 @triton.jit
+def narrow(x, dtype: tl.constexpr):
+    """Round to nearest even; the interpreter's own cast to bfloat16 truncates."""
+    if INTERPRET and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        return tl.where(x == x, rounded.to(tl.float32, bitcast=True), x).to(tl.bfloat16)
+    else:
+        return x.to(dtype)
+
+
+@triton.jit
+def bf16_pair(low, high):
+    """Two tensors of float32 rounded to BF16, in the halves of an int32: what a kernel keeps in registers."""
+    if INTERPRET:
+        low, high = narrow(low, tl.bfloat16).to(tl.float32), narrow(high, tl.bfloat16).to(tl.float32)
+        return ((low.to(tl.int32, bitcast=True) >> 16) & 0xFFFF) | (high.to(tl.int32, bitcast=True) & -65536)
+    else:
+        return tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [low, high], dtype=tl.int32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def pair_of(low, high):
+    """The same of tensors that are BF16 already."""
+    low, high = low.to(tl.int16, bitcast=True).to(tl.int32), high.to(tl.int16, bitcast=True).to(tl.int32)
+    return (low & 0xFFFF) | (high << 16)
+
+
+@triton.jit
+def low_of(pair):
+    return (pair << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def high_of(pair):
+    return (pair & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def larger_pair(most, pair):
+    """The larger magnitude of each half, NaN on top; ``most`` has no signs."""
+    if INTERPRET:
+        low = tl.maximum(magnitude(low_of(most)), magnitude(low_of(pair)))
+        high = tl.maximum(magnitude(high_of(most)), magnitude(high_of(pair)))
+        return (low >> 16) | high
+    else:
+        return tl.inline_asm_elementwise(
+            "{.reg .b32 a; and.b32 a, $2, 0x7FFF7FFF; max.NaN.bf16x2 $0, $1, a;}",
+            "=r,r,r", [most, pair], dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
 def divide(x, y, inverse):
     """x / y rounded as IEEE has it, where ``inverse`` is 1 / y rounded so: three instructions, no branch (Markstein).
 
@@ -118,12 +172,6 @@ def pack_pair(low, x0, x1, FIRST: tl.constexpr):
             "{.reg .b16 a, b, z; cvt.rn.satfinite.e4m3x2.f32 b, $3, $2; mov.b32 {a, z}, $1; mov.b32 $0, {a, b};}",
             "=r,r,r,r", [low, x0, x1], dtype=tl.int32, is_pure=True, pack=1,
         )  # fmt: skip
-
-
-@triton.jit
-def pair_codes(x0, x1):
-    """E4M3 codes of x0 and, one byte up, of x1, as int32."""
-    return pack_pair(tl.zeros(x0.shape, tl.int32), x0, x1, True)
 
 
 @triton.jit

@@ -43,6 +43,7 @@ def grouped_mm_fp8(
     *,
     out_dtype: torch.dtype = torch.bfloat16,
     compact: tuple[Tensor, Tensor, int] | None = None,
+    promote: bool = True,
 ) -> Tensor:
     """(R, N): every row times the matrix of the expert that owns its tile, FP32 promotion every 128 of K.
 
@@ -54,11 +55,13 @@ def grouped_mm_fp8(
     nor written: they hold whatever the memory held, so what reads the result must skip them too.
 
     ``compact=(tile_begin, tile_count, rows)`` of ``row_layout`` gives (rows, N) instead: the rows without padding.
-    ValueError with the shape for what the kernel does not take.
+    ``promote=False`` leaves all sums to the tensor cores, which keep fewer bits than FP32, and takes the first block's scales
+    for all of K; a GPU only, for ablations. ValueError with the shape for what the kernel does not take.
     """
     begin, count, rows = compact if compact is not None else (None, None, codes_RK.shape[0])
     check(codes_RK, scale_kR, weight_ENK, weight_scale_Enk, tile_expert, out_dtype, begin, count)
-    return _grouped_mm_op(codes_RK, scale_kR, weight_ENK, weight_scale_Enk, tile_expert, out_dtype, begin, count, rows)
+    operands = codes_RK, scale_kR, weight_ENK, weight_scale_Enk, tile_expert
+    return _grouped_mm_op(*operands, out_dtype, begin, count, rows, promote)
 
 
 def mm_fp8(
@@ -76,9 +79,10 @@ def mm_fp8(
 @torch.library.custom_op("litseek::grouped_mm_fp8", mutates_args=())
 def _grouped_mm_op(
     codes: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, tile_expert: Tensor, out_dtype: torch.dtype,
-    tile_begin: Tensor | None, tile_count: Tensor | None, rows: int,
+    tile_begin: Tensor | None, tile_count: Tensor | None, rows: int, promote: bool = True,
 ) -> Tensor:  # fmt: skip
     if not codes.is_cuda:  # Gluon has no interpreter
+        ref.check_promotion(promote)
         compact = None if tile_begin is None or tile_count is None else (tile_begin, tile_count, rows)
         return ref.grouped_mm_fp8(codes, scale, weight, weight_scale, tile_expert, out_dtype=out_dtype, compact=compact)
     (R, K), (E, N) = codes.shape, weight.shape[:2]
@@ -94,7 +98,7 @@ def _grouped_mm_op(
         out, scale, weight_scale, *weight_scale.stride(), tile_expert,
         tile_expert if tile_begin is None else tile_begin, tile_expert if tile_count is None else tile_count,
         int(tile_begin is not None), R // TILE, N, K,
-        STAGES=3 if wide else 4, GROUP_M=GROUP_M, num_warps=4,
+        PROMOTE=promote, STAGES=3 if wide else 4, GROUP_M=GROUP_M, num_warps=4,
     )  # fmt: skip
     return out
 
@@ -104,7 +108,7 @@ grouped_mm_op = torch.ops.litseek.grouped_mm_fp8.default
 
 
 @_grouped_mm_op.register_fake
-def _(codes, scale, weight, weight_scale, tile_expert, out_dtype, tile_begin, tile_count, rows):
+def _(codes, scale, weight, weight_scale, tile_expert, out_dtype, tile_begin, tile_count, rows, promote=True):
     return codes.new_empty(rows, weight.shape[1], dtype=out_dtype)
 
 
@@ -149,7 +153,8 @@ SUMS = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
 @gluon.jit(do_not_specialize=("compact", "tiles_m"))
 def _grouped_kernel(
     codes_desc, weight_desc, out_desc, out, scale, weight_scale, stride_e, stride_n, stride_k,
-    tile_expert, tile_begin, tile_count, compact, tiles_m, N, K, STAGES: gl.constexpr, GROUP_M: gl.constexpr,
+    tile_expert, tile_begin, tile_count, compact, tiles_m, N, K,
+    PROMOTE: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr,
 ):  # fmt: skip
     codes = gl.allocate_shared_memory(codes_desc.dtype, [STAGES * 2, 64, 128], codes_desc.layout)
     weights = gl.allocate_shared_memory(weight_desc.dtype, [STAGES * 2, 128, 128], weight_desc.layout)
@@ -164,8 +169,8 @@ def _grouped_kernel(
     place = (out_desc, out, staging, compact, tile_begin, tile_count)
     scales = (scale, weight_scale, stride_e, stride_n, stride_k)
     gl.warp_specialize([
-        (_multiply, (buffers, scales, place, tile_expert, sizes, 0, STAGES, GROUP_M)),
-        (_multiply, (buffers, scales, place, tile_expert, sizes, 1, STAGES, GROUP_M)),
+        (_multiply, (buffers, scales, place, tile_expert, sizes, 0, PROMOTE, STAGES, GROUP_M)),
+        (_multiply, (buffers, scales, place, tile_expert, sizes, 1, PROMOTE, STAGES, GROUP_M)),
         (_load, (codes_desc, weight_desc, buffers, tile_expert, sizes, STAGES, GROUP_M)),
     ], [4, 1], [240, 24])  # fmt: skip
 
@@ -210,7 +215,8 @@ def _load(codes_desc, weight_desc, buffers, tile_expert, sizes, STAGES: gl.const
 
 @gluon.jit
 def _multiply(
-    buffers, scales, place, tile_expert, sizes, WARPGROUP: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr
+    buffers, scales, place, tile_expert, sizes, WARPGROUP: gl.constexpr, PROMOTE: gl.constexpr, STAGES: gl.constexpr,
+    GROUP_M: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: 64 rows by 2 x 128 columns of every tile of this program."""
     codes, weights, full, empty = buffers
@@ -242,25 +248,36 @@ def _multiply(
             for k in range(blocks_k):
                 mbarrier.wait(full.index(stage), phase)
                 rows = codes.index(stage * 2 + WARPGROUP)
-                part = warpgroup_mma(rows, weights.index(stage * 2).permute((1, 0)), part, use_acc=never, is_async=True)
-                factor_left = scale_row * scale_left
-                factor_right = scale_row * scale_right
-                following = gl.minimum(k + 1, blocks_k - 1)
-                scale_row = gl.load(row_at + following * (tiles_m * 128))
-                scale_left = gl.load(left_at + following * stride_k)
-                scale_right = gl.load(right_at + following * stride_k)
-                part = warpgroup_mma_wait(0, deps=(part,))
-                left += part * factor_left[:, None]
-                part = warpgroup_mma(
-                    rows, weights.index(stage * 2 + 1).permute((1, 0)), part, use_acc=never, is_async=True
-                )
-                part = warpgroup_mma_wait(0, deps=(part,))
-                mbarrier.arrive(empty.index(stage), count=1)
-                right += part * factor_right[:, None]
+                if PROMOTE:
+                    part = warpgroup_mma(
+                        rows, weights.index(stage * 2).permute((1, 0)), part, use_acc=never, is_async=True
+                    )
+                    factor_left = scale_row * scale_left
+                    factor_right = scale_row * scale_right
+                    following = gl.minimum(k + 1, blocks_k - 1)
+                    scale_row = gl.load(row_at + following * (tiles_m * 128))
+                    scale_left = gl.load(left_at + following * stride_k)
+                    scale_right = gl.load(right_at + following * stride_k)
+                    part = warpgroup_mma_wait(0, deps=(part,))
+                    left += part * factor_left[:, None]
+                    part = warpgroup_mma(
+                        rows, weights.index(stage * 2 + 1).permute((1, 0)), part, use_acc=never, is_async=True
+                    )
+                    part = warpgroup_mma_wait(0, deps=(part,))
+                    mbarrier.arrive(empty.index(stage), count=1)
+                    right += part * factor_right[:, None]
+                else:
+                    left = warpgroup_mma(rows, weights.index(stage * 2).permute((1, 0)), left, is_async=True)
+                    right = warpgroup_mma(rows, weights.index(stage * 2 + 1).permute((1, 0)), right, is_async=True)
+                    left, right = warpgroup_mma_wait(0, deps=(left, right))
+                    mbarrier.arrive(empty.index(stage), count=1)
                 stage += 1
                 if stage == STAGES:
                     stage = 0
                     phase ^= 1
+            if not PROMOTE:
+                left *= (scale_row * scale_left)[:, None]
+                right *= (scale_row * scale_right)[:, None]
             row = gl.where(compact != 0, gl.load(tile_begin + m), m * 128) + WARPGROUP * 64
             real = gl.where(compact != 0, gl.minimum(gl.maximum(gl.load(tile_count + m) - WARPGROUP * 64, 0), 64), 64)
             _store(left, out_desc, out, staging.index(WARPGROUP), row, n * 256, real, N)

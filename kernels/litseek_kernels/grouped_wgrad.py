@@ -28,6 +28,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from litseek_kernels.device import multiprocessors
 from litseek_kernels.ref import grouped_wgrad as ref
+from litseek_kernels.ref.grouped_gemm import check_promotion
 from litseek_kernels.ref.grouped_wgrad import CHUNK
 
 OUT_DTYPES = (torch.float32, torch.bfloat16)
@@ -47,6 +48,7 @@ def grouped_wgrad_fp8(
     out_dtype: torch.dtype = torch.float32,
     out: Tensor | None = None,
     accumulate: bool = False,
+    promote: bool = True,
 ) -> Tensor:
     """(E, N, K): every expert's dW = grad^T @ rows over its own rows, FP32 promotion every 128 rows.
 
@@ -55,11 +57,14 @@ def grouped_wgrad_fp8(
     [start[e], start[e + 1]), multiples of 128. N and K are multiples of 16.
 
     An expert without rows gets zeros. With ``out`` the result lies there, in ``out``'s dtype; with ``accumulate`` it is
-    added to what is there, and experts without rows are not touched. ValueError with the shape for what does not fit.
+    added to what is there, and experts without rows are not touched. ``promote=False`` leaves all sums to the tensor cores,
+    which keep fewer bits than FP32, and takes a group's last scales for all its rows; a GPU only, without ``out``, for
+    ablations. ValueError with the shape for what does not fit.
     """
     check(grad_t, grad_scale_t, rows_t, rows_scale_t, padded_start_E, out_dtype, out, accumulate)
     if out is None:
-        return _wgrad_op(grad_t, grad_scale_t, rows_t, rows_scale_t, padded_start_E, out_dtype)
+        return _wgrad_op(grad_t, grad_scale_t, rows_t, rows_scale_t, padded_start_E, out_dtype, promote)
+    assert promote
     _wgrad_into_op(grad_t, grad_scale_t, rows_t, rows_scale_t, padded_start_E, out, accumulate)
     return out
 
@@ -67,16 +72,16 @@ def grouped_wgrad_fp8(
 @torch.library.custom_op("litseek::grouped_wgrad_fp8", mutates_args=())
 def _wgrad_op(
     grad_t: Tensor, grad_scale_t: Tensor, rows_t: Tensor, rows_scale_t: Tensor, padded_start_E: Tensor,
-    out_dtype: torch.dtype,
+    out_dtype: torch.dtype, promote: bool = True,
 ) -> Tensor:  # fmt: skip
     shape = padded_start_E.numel() - 1, grad_t.shape[0], rows_t.shape[0]
     out = torch.empty(shape, dtype=out_dtype, device=grad_t.device)
-    _run(grad_t, grad_scale_t, rows_t, rows_scale_t, padded_start_E, out, False)
+    _run(grad_t, grad_scale_t, rows_t, rows_scale_t, padded_start_E, out, False, promote)
     return out
 
 
 @_wgrad_op.register_fake
-def _(grad_t, grad_scale_t, rows_t, rows_scale_t, padded_start_E, out_dtype):
+def _(grad_t, grad_scale_t, rows_t, rows_scale_t, padded_start_E, out_dtype, promote=True):
     return grad_t.new_empty(padded_start_E.numel() - 1, grad_t.shape[0], rows_t.shape[0], dtype=out_dtype)
 
 
@@ -85,7 +90,7 @@ def _wgrad_into_op(
     grad_t: Tensor, grad_scale_t: Tensor, rows_t: Tensor, rows_scale_t: Tensor, padded_start_E: Tensor,
     out: Tensor, accumulate: bool,
 ) -> None:  # fmt: skip
-    _run(grad_t, grad_scale_t, rows_t, rows_scale_t, padded_start_E, out, accumulate)
+    _run(grad_t, grad_scale_t, rows_t, rows_scale_t, padded_start_E, out, accumulate, True)
 
 
 @_wgrad_into_op.register_fake
@@ -93,8 +98,9 @@ def _(grad_t, grad_scale_t, rows_t, rows_scale_t, padded_start_E, out, accumulat
     return None
 
 
-def _run(grad_t, grad_scale_t, rows_t, rows_scale_t, padded_start_E, out, accumulate) -> None:
+def _run(grad_t, grad_scale_t, rows_t, rows_scale_t, padded_start_E, out, accumulate, promote) -> None:
     if not grad_t.is_cuda:  # Gluon has no interpreter
+        check_promotion(promote)
         tensors = grad_t, grad_scale_t, rows_t, rows_scale_t, padded_start_E
         ref.grouped_wgrad_fp8(*tensors, out=out, accumulate=accumulate)
         return
@@ -109,7 +115,7 @@ def _run(grad_t, grad_scale_t, rows_t, rows_scale_t, padded_start_E, out, accumu
         TensorDescriptor.from_tensor(rows_t, [TILE_K, CHUNK], CODES),
         TensorDescriptor.from_tensor(grad_scale_t.view(-1), [TILE_N], SCALES),
         TensorDescriptor.from_tensor(rows_scale_t.view(-1), [TILE_K], SCALES),
-        padded_start_E, out, E, N, K, ACCUMULATE=accumulate, STAGES=STAGES, SUPER_N=SUPER_N, num_warps=4,
+        padded_start_E, out, E, N, K, ACCUMULATE=accumulate, PROMOTE=promote, STAGES=STAGES, SUPER_N=SUPER_N, num_warps=4,
     )  # fmt: skip
 
 
@@ -136,7 +142,9 @@ def check(grad_t, grad_scale_t, rows_t, rows_scale_t, padded_start_E, out_dtype,
                 f"got {scale.dtype} {tuple(scale.shape)}"
             )
     if padded_start_E.ndim != 1 or padded_start_E.numel() < 2 or padded_start_E.dtype != torch.int32:
-        raise ValueError(f"padded_start_E must be int32 (E + 1,), got {padded_start_E.dtype} {tuple(padded_start_E.shape)}")
+        raise ValueError(
+            f"padded_start_E must be int32 (E + 1,), got {padded_start_E.dtype} {tuple(padded_start_E.shape)}"
+        )
     if out is None:
         if accumulate:
             raise ValueError("accumulate needs out, the tensor to add to")
@@ -155,7 +163,7 @@ SCALES = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
 @gluon.jit(do_not_specialize=("E",))
 def _wgrad_kernel(
     grad_desc, rows_desc, grad_scale_desc, rows_scale_desc, padded_start, out, E, N, K,
-    ACCUMULATE: gl.constexpr, STAGES: gl.constexpr, SUPER_N: gl.constexpr,
+    ACCUMULATE: gl.constexpr, PROMOTE: gl.constexpr, STAGES: gl.constexpr, SUPER_N: gl.constexpr,
 ):  # fmt: skip
     grads = gl.allocate_shared_memory(grad_desc.dtype, [STAGES, 256, 128], grad_desc.layout)
     rows = gl.allocate_shared_memory(rows_desc.dtype, [STAGES, 128, 128], rows_desc.layout)
@@ -170,8 +178,8 @@ def _wgrad_kernel(
     descs = (grad_desc, rows_desc, grad_scale_desc, rows_scale_desc)
     sizes = (E, N, K)
     gl.warp_specialize([
-        (_multiply, (out, buffers, padded_start, sizes, 0, ACCUMULATE, STAGES, SUPER_N)),
-        (_multiply, (out, buffers, padded_start, sizes, 1, ACCUMULATE, STAGES, SUPER_N)),
+        (_multiply, (out, buffers, padded_start, sizes, 0, ACCUMULATE, PROMOTE, STAGES, SUPER_N)),
+        (_multiply, (out, buffers, padded_start, sizes, 1, ACCUMULATE, PROMOTE, STAGES, SUPER_N)),
         (_load, (descs, buffers, padded_start, sizes, STAGES, SUPER_N)),
     ], [4, 1], [240, 24])  # fmt: skip
 
@@ -218,8 +226,8 @@ def _load(descs, buffers, padded_start, sizes, STAGES: gl.constexpr, SUPER_N: gl
 
 @gluon.jit
 def _multiply(
-    out, buffers, padded_start, sizes, WARPGROUP: gl.constexpr, ACCUMULATE: gl.constexpr, STAGES: gl.constexpr,
-    SUPER_N: gl.constexpr,
+    out, buffers, padded_start, sizes, WARPGROUP: gl.constexpr, ACCUMULATE: gl.constexpr, PROMOTE: gl.constexpr,
+    STAGES: gl.constexpr, SUPER_N: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: 2 x 64 rows by 128 columns of every tile of this program."""
     grads, rows, grad_scales, rows_scales, full, empty = buffers
@@ -236,29 +244,46 @@ def _multiply(
         chunks = gl.load(padded_start + expert + 1) // 128 - gl.load(padded_start + expert) // 128
         upper = gl.zeros((64, 128), gl.float32, mma)
         lower = gl.zeros((64, 128), gl.float32, mma)
+        if not PROMOTE:
+            last_k = gl.zeros((128,), gl.float32, gl.SliceLayout(0, mma))
+            last_upper = gl.zeros((64,), gl.float32, gl.SliceLayout(1, mma))
+            last_lower = gl.zeros((64,), gl.float32, gl.SliceLayout(1, mma))
         for _ in range(chunks):
             mbarrier.wait(full.index(stage), phase)
             grad = grads.index(stage)
             columns = rows.index(stage).permute((1, 0))
-            part = warpgroup_mma(grad.slice(WARPGROUP * 128, 64), columns, part, use_acc=never, is_async=True)
-            scale_k = rows_scales.index(stage).load(gl.SliceLayout(0, mma))
-            scale_n = grad_scales.index(stage).slice(WARPGROUP * 128, 64).load(gl.SliceLayout(1, mma))
-            part = warpgroup_mma_wait(0, deps=(part,))
-            upper += part * scale_k[None, :] * scale_n[:, None]
-            # Nothing is outstanding here. The wait keeps the compiler from moving the promotion below the next product,
-            # for which it would copy the partial and spill.
-            upper, part = warpgroup_mma_wait(0, deps=(upper, part))
-            part = warpgroup_mma(grad.slice(WARPGROUP * 128 + 64, 64), columns, part, use_acc=never, is_async=True)
-            scale_n = grad_scales.index(stage).slice(WARPGROUP * 128 + 64, 64).load(gl.SliceLayout(1, mma))
-            part = warpgroup_mma_wait(0, deps=(part,))
-            fence_async_shared()  # without it a scale may still be on its way from memory that the copy engine rewrites
-            mbarrier.arrive(empty.index(stage), count=1)
-            lower += part * scale_k[None, :] * scale_n[:, None]
-            lower, part = warpgroup_mma_wait(0, deps=(lower, part))
+            if PROMOTE:
+                part = warpgroup_mma(grad.slice(WARPGROUP * 128, 64), columns, part, use_acc=never, is_async=True)
+                scale_k = rows_scales.index(stage).load(gl.SliceLayout(0, mma))
+                scale_n = grad_scales.index(stage).slice(WARPGROUP * 128, 64).load(gl.SliceLayout(1, mma))
+                part = warpgroup_mma_wait(0, deps=(part,))
+                upper += part * scale_k[None, :] * scale_n[:, None]
+                # Nothing is outstanding here. The wait keeps the compiler from moving the promotion below the next product,
+                # for which it would copy the partial and spill.
+                upper, part = warpgroup_mma_wait(0, deps=(upper, part))
+                part = warpgroup_mma(grad.slice(WARPGROUP * 128 + 64, 64), columns, part, use_acc=never, is_async=True)
+                scale_n = grad_scales.index(stage).slice(WARPGROUP * 128 + 64, 64).load(gl.SliceLayout(1, mma))
+                part = warpgroup_mma_wait(0, deps=(part,))
+                fence_async_shared()  # without it a scale may still be on its way from memory that the copy engine rewrites
+                mbarrier.arrive(empty.index(stage), count=1)
+                lower += part * scale_k[None, :] * scale_n[:, None]
+                lower, part = warpgroup_mma_wait(0, deps=(lower, part))
+            else:
+                upper = warpgroup_mma(grad.slice(WARPGROUP * 128, 64), columns, upper, is_async=True)
+                lower = warpgroup_mma(grad.slice(WARPGROUP * 128 + 64, 64), columns, lower, is_async=True)
+                last_k = rows_scales.index(stage).load(gl.SliceLayout(0, mma))
+                last_upper = grad_scales.index(stage).slice(WARPGROUP * 128, 64).load(gl.SliceLayout(1, mma))
+                last_lower = grad_scales.index(stage).slice(WARPGROUP * 128 + 64, 64).load(gl.SliceLayout(1, mma))
+                upper, lower = warpgroup_mma_wait(0, deps=(upper, lower))
+                fence_async_shared()
+                mbarrier.arrive(empty.index(stage), count=1)
             stage += 1
             if stage == STAGES:
                 stage = 0
                 phase ^= 1
+        if not PROMOTE:
+            upper *= last_upper[:, None] * last_k[None, :]
+            lower *= last_lower[:, None] * last_k[None, :]
         if (chunks > 0) | (not ACCUMULATE):
             at = out + expert.to(gl.int64) * N * K
             _store(upper, at, tile_n * 256 + WARPGROUP * 128, tile_k * 128, N, K, mma, ACCUMULATE)

@@ -1,5 +1,5 @@
 """Token rows to expert order and back, at memory speed. Spec: ref.permute. Letters: T tokens, K chosen a token,
-R = T * K rows, D model, E experts.
+R rows (one a choice), D model, E experts. A choice of -1 has no row.
 
 A token's K rows lie scattered over the experts, so every kernel walks over tokens: a token's own row is read or written
 once, and its K rows are whole rows in memory. Sums over K are in float32 and in the order of the choices.
@@ -17,7 +17,9 @@ from litseek_kernels.ref import permute as ref
 
 
 def sort_by_expert(expert_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """order_R (row -> flat (token, choice)) and inverse_TK, int32; count_E, int64. A stable counting sort."""
+    """order_R (row -> flat (token, choice)) and inverse_TK, int32; count_E, int64. A stable counting sort.
+
+    order_R has T * K places, of which the first ``count_E.sum()`` mean something: all but those of choices of -1."""
     if not runs_kernel(expert_TK):
         return ref.sort_by_expert(expert_TK, num_experts)
     return _sort_by_expert(expert_TK, num_experts)
@@ -27,8 +29,9 @@ def permute(x_TD: Tensor, order_R: Tensor, inverse_TK: Tensor) -> Tensor:
     """(R, D): each token's row once for every expert it chose, experts together."""
     if not runs_kernel(x_TD):
         return ref.permute(x_TD, order_R, inverse_TK)
-    _check("permute", x_TD, x_TD.shape[0], inverse_TK)
-    return _spread(x_TD, inverse_TK)
+    if x_TD.ndim != 2 or inverse_TK.ndim != 2 or x_TD.shape[0] != inverse_TK.shape[0]:
+        raise ValueError(f"permute has rows {tuple(x_TD.shape)} for choices {tuple(inverse_TK.shape)}")
+    return _spread(x_TD, inverse_TK, order_R.shape[0])
 
 
 def unpermute(rows_RD: Tensor, weight_TK: Tensor | None, order_R: Tensor, inverse_TK: Tensor) -> Tensor:
@@ -38,18 +41,16 @@ def unpermute(rows_RD: Tensor, weight_TK: Tensor | None, order_R: Tensor, invers
         return ref.unpermute(rows_RD, weight_TK, order_R, inverse_TK)
     if weight_TK is not None and weight_TK.shape != inverse_TK.shape:
         raise ValueError(f"unpermute has weights {tuple(weight_TK.shape)} for choices {tuple(inverse_TK.shape)}")
-    _check("unpermute", rows_RD, rows_RD.shape[0] // max(inverse_TK.shape[1], 1), inverse_TK)
+    if rows_RD.ndim != 2 or inverse_TK.ndim != 2 or rows_RD.shape[0] != order_R.shape[0]:
+        raise ValueError(
+            f"unpermute has rows {tuple(rows_RD.shape)}, {order_R.shape[0]} places and choices {tuple(inverse_TK.shape)}"
+        )
     return _gather_sum(rows_RD, weight_TK, inverse_TK)
 
 
 def weight_of_rows(weight_TK: Tensor, order_R: Tensor, inverse_TK: Tensor) -> Tensor:
     """weight_R: the gate's weights in the rows' order."""
     return ref.weight_of_rows(weight_TK, order_R, inverse_TK)
-
-
-def _check(op: str, matrix: Tensor, tokens: int, inverse_TK: Tensor) -> None:
-    if matrix.ndim != 2 or inverse_TK.ndim != 2 or tokens != inverse_TK.shape[0]:
-        raise ValueError(f"{op} has rows {tuple(matrix.shape)} for choices {tuple(inverse_TK.shape)}")
 
 
 # ---- operators
@@ -85,9 +86,9 @@ def _empty_sort(expert_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Te
 
 
 @torch.library.custom_op("litseek::permute", mutates_args=())
-def _spread(x_TD: Tensor, inverse_TK: Tensor) -> Tensor:
+def _spread(x_TD: Tensor, inverse_TK: Tensor, num_rows: int) -> Tensor:
     x_TD, (T, K), D = x_TD.contiguous(), inverse_TK.shape, x_TD.shape[1]
-    rows = x_TD.new_empty(T * K, D)
+    rows = x_TD.new_empty(num_rows, D)
     if rows.numel():
         grid, meta = _launch(T, D)
         _spread_kernel[grid](x_TD, inverse_TK, rows, T, D, K, **meta)
@@ -95,8 +96,8 @@ def _spread(x_TD: Tensor, inverse_TK: Tensor) -> Tensor:
 
 
 @_spread.register_fake
-def _(x_TD: Tensor, inverse_TK: Tensor) -> Tensor:
-    return x_TD.new_empty(inverse_TK.numel(), x_TD.shape[1])
+def _(x_TD: Tensor, inverse_TK: Tensor, num_rows: int) -> Tensor:
+    return x_TD.new_empty(num_rows, x_TD.shape[1])
 
 
 @torch.library.custom_op("litseek::unpermute", mutates_args=())
@@ -142,19 +143,20 @@ def _save_for_spread(ctx, inputs, output) -> None:
 
 
 def _spread_backward(ctx, grad_RD: Tensor):
-    return _gather_sum(grad_RD, None, ctx.saved_tensors[0]), None
+    return _gather_sum(grad_RD, None, ctx.saved_tensors[0]), None, None
 
 
 def _save_for_sum(ctx, inputs, output) -> None:
     rows_RD, weight_TK, inverse_TK = inputs
     kept = (inverse_TK,) if weight_TK is None else (inverse_TK, rows_RD, weight_TK)
     ctx.save_for_backward(*kept)
+    ctx.num_rows = rows_RD.shape[0]
 
 
 def _sum_backward(ctx, grad_TD: Tensor):
     inverse_TK, *kept = ctx.saved_tensors
     if not kept:
-        return _spread(grad_TD, inverse_TK), None, None
+        return _spread(grad_TD, inverse_TK, ctx.num_rows), None, None
     rows_RD, weight_TK = kept
     return *_gather_sum_backward(grad_TD, rows_RD, weight_TK, inverse_TK), None
 
@@ -184,7 +186,7 @@ def _spread_kernel(x_ptr, inverse_ptr, rows_ptr, T, D, K: tl.constexpr, BLOCK_D:
     x = tl.load(x_ptr + t * D + d, mask=d < D)
     for k in tl.static_range(K):
         row = tl.load(inverse_ptr + t * K + k).to(tl.int64)
-        tl.store(rows_ptr + row * D + d, x, mask=d < D)
+        tl.store(rows_ptr + row * D + d, x, mask=(d < D) & (row >= 0))
 
 
 @triton.jit
@@ -196,7 +198,7 @@ def _gather_sum_kernel(
     total = tl.zeros([BLOCK_D], tl.float32)
     for k in tl.static_range(K):
         row = tl.load(inverse_ptr + t * K + k).to(tl.int64)
-        part = tl.load(rows_ptr + row * D + d, mask=d < D, other=0.0).to(tl.float32)
+        part = tl.load(rows_ptr + row * D + d, mask=(d < D) & (row >= 0), other=0.0).to(tl.float32)
         if WEIGHTED:
             part *= tl.load(weight_ptr + t * K + k).to(tl.float32)
         total += part
@@ -226,7 +228,7 @@ def _unpermute_backward_kernel(
     dot = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)[None, :]
-        live = (k < K)[:, None] & (d < D)
+        live = (k < K)[:, None] & (row >= 0) & (d < D)
         grad = tl.load(grad_ptr + t * D + d, mask=d < D, other=0.0).to(tl.float32)
         dot += grad * tl.load(rows_ptr + row * D + d, mask=live, other=0.0).to(tl.float32)
         tl.store(grad_rows_ptr + row * D + d, (grad * weight).to(grad_rows_ptr.dtype.element_ty), mask=live)
@@ -287,6 +289,6 @@ def _place_kernel(
         rank = tl.sum((same & (i[None, :] < i[:, None])).to(tl.int32), 1)
         mine = expert[:, None] == e[None, :]
         slot = rank + tl.sum(tl.where(mine, place[None, :], 0), 1)
-        tl.store(inverse_ptr + r, slot, mask=r < R)
-        tl.store(order_ptr + slot, r, mask=r < R)
+        tl.store(inverse_ptr + r, tl.where(expert < 0, -1, slot), mask=r < R)
+        tl.store(order_ptr + slot, r, mask=(r < R) & (expert >= 0))
         place += tl.sum(mine.to(tl.int32), 0)

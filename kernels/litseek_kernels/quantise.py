@@ -16,7 +16,19 @@ import triton.language as tl
 from torch import Tensor
 
 from litseek_kernels.device import runs_kernel
-from litseek_kernels.e4m3 import divide, from_e4m3, magnitude, pack_pair, store_transposed, tile_scale, to_e4m3
+from litseek_kernels.e4m3 import (
+    divide,
+    from_e4m3,
+    high_of,
+    larger_pair,
+    low_of,
+    magnitude,
+    pack_pair,
+    pair_of,
+    store_transposed,
+    tile_scale,
+    to_e4m3,
+)
 from litseek_kernels.layout import TILE, Layout
 from litseek_kernels.ref import quantise as ref
 from litseek_kernels.ref.quantise import BLOCK, E4M3, block_grid
@@ -302,8 +314,9 @@ def _both_kernel(
     GROUPED: tl.constexpr, GATHER: tl.constexpr, POWER_OF_TWO: tl.constexpr, CODES_IN: tl.constexpr,
     ROWS: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """One 128 x 128 tile as four quarters of interleaved rows. Read twice, the second time from L1: kept in registers,
-    the tile would leave one program a multiprocessor (seen on an H200: 2560 GB/s against 3080)."""
+    """One 128 x 128 tile as four quarters of interleaved rows. BF16 stays in registers, two numbers in one, until the
+    largest number of every column is known; anything else is read a second time, from L1."""
+    KEPT: tl.constexpr = x_ptr.dtype.element_ty == tl.bfloat16
     blocks_k = tl.cdiv(K, 128)
     tile = tl.program_id(0) // blocks_k
     tile_k = tl.program_id(0) % blocks_k
@@ -313,22 +326,36 @@ def _both_kernel(
     k = tile_k * 128 + tl.arange(0, 128)
     row = tile * 128 + 4 * tl.arange(0, 32)
     largest = tl.zeros((32, 128), tl.int32)
-    for j in tl.static_range(4):
-        at, live = _source(row + j, tile, M, begin_ptr, count_ptr, index_ptr, GROUPED, GATHER)
-        _, _, x = _quarter(x_ptr, stride_x, M_in, x_scale_ptr, at, live, k, tile_k, K, POWER_OF_TWO, CODES_IN)
-        largest = tl.maximum(largest, magnitude(x))
-    scale_t, inverse_t = tile_scale(tl.max(largest, 0), POWER_OF_TWO)
-    tl.store(scale_t_ptr + tile.to(tl.int64) * K + k, scale_t, mask=k < K)
-    tl.debug_barrier()  # so that the compiler reads again instead of keeping everything
-    word = tl.zeros((32, 128), tl.int32)
+    pairs = ()  # type: tuple
     for j in tl.static_range(0, 4, 2):
         at0, live0 = _source(row + j, tile, M, begin_ptr, count_ptr, index_ptr, GROUPED, GATHER)
         at1, live1 = _source(row + j + 1, tile, M, begin_ptr, count_ptr, index_ptr, GROUPED, GATHER)
         raw0, s0, x0 = _quarter(x_ptr, stride_x, M_in, x_scale_ptr, at0, live0, k, tile_k, K, POWER_OF_TWO, CODES_IN)
         raw1, s1, x1 = _quarter(x_ptr, stride_x, M_in, x_scale_ptr, at1, live1, k, tile_k, K, POWER_OF_TWO, CODES_IN)
+        if KEPT:
+            pair = pair_of(raw0, raw1)
+            largest = larger_pair(largest, pair)
+            pairs = pairs + (pair,)  # noqa: RUF005
+        else:
+            largest = tl.maximum(largest, tl.maximum(magnitude(x0), magnitude(x1)))
         if ROWS:
             _store_quarter(raw0, s0, x0, row + j, k, tile_k, codes_ptr, scale_ptr, M, K, POWER_OF_TWO, CODES_IN)
             _store_quarter(raw1, s1, x1, row + j + 1, k, tile_k, codes_ptr, scale_ptr, M, K, POWER_OF_TWO, CODES_IN)
+    if KEPT:
+        largest = tl.maximum(magnitude(low_of(largest)), magnitude(high_of(largest)))
+    scale_t, inverse_t = tile_scale(tl.max(largest, 0), POWER_OF_TWO)
+    tl.store(scale_t_ptr + tile.to(tl.int64) * K + k, scale_t, mask=k < K)
+    if not KEPT:
+        tl.debug_barrier()  # so that the compiler reads again instead of keeping everything
+    word = tl.zeros((32, 128), tl.int32)
+    for j in tl.static_range(0, 4, 2):
+        if KEPT:
+            x0, x1 = low_of(pairs[j // 2]), high_of(pairs[j // 2])
+        else:
+            at0, live0 = _source(row + j, tile, M, begin_ptr, count_ptr, index_ptr, GROUPED, GATHER)
+            at1, live1 = _source(row + j + 1, tile, M, begin_ptr, count_ptr, index_ptr, GROUPED, GATHER)
+            _, _, x0 = _quarter(x_ptr, stride_x, M_in, x_scale_ptr, at0, live0, k, tile_k, K, POWER_OF_TWO, CODES_IN)
+            _, _, x1 = _quarter(x_ptr, stride_x, M_in, x_scale_ptr, at1, live1, k, tile_k, K, POWER_OF_TWO, CODES_IN)
         word = pack_pair(word, x0 * inverse_t[None, :], x1 * inverse_t[None, :], j == 0)
     store_transposed(codes_t_ptr, word, tile * 128, k, K, M, PACKED)
 

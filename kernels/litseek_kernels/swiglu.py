@@ -14,7 +14,20 @@ import triton.language as tl
 from torch import Tensor
 
 from litseek_kernels.device import runs_kernel
-from litseek_kernels.e4m3 import INTERPRET, from_e4m3, magnitude, pair_codes, store_transposed, tile_scale, to_e4m3
+from litseek_kernels.e4m3 import (
+    INTERPRET,
+    bf16_pair,
+    from_e4m3,
+    high_of,
+    larger_pair,
+    low_of,
+    magnitude,
+    narrow,
+    pack_pair,
+    store_transposed,
+    tile_scale,
+    to_e4m3,
+)
 from litseek_kernels.layout import TILE, Layout
 from litseek_kernels.ref import swiglu as ref
 from litseek_kernels.ref.quantise import BLOCK, E4M3
@@ -61,12 +74,7 @@ class HiddenGradients(NamedTuple):
 
 
 def swiglu_backward_quantise(
-    h_codes: Tensor,
-    h_scale: Tensor,
-    grad_RF: Tensor,
-    *,
-    layout: Layout | None = None,
-    weight_R: Tensor | None = None,
+    h_codes: Tensor, h_scale: Tensor, grad_RF: Tensor, *, layout: Layout | None = None, weight_R: Tensor | None = None
 ) -> HiddenGradients:
     """From h as ``swiglu_quantise`` kept it and the (weighted) activation's gradient, BF16, in one pass."""
     R, G = h_codes.shape
@@ -74,11 +82,8 @@ def swiglu_backward_quantise(
         found = ", ".join(map(_named, (h_codes, h_scale, grad_RF)))
         raise ValueError(f"h in FP8, its scales and the activation's gradient do not fit: {found}")
     begin, count = _tiles(h_codes, layout, weight_R)
-    a_t, a_scale_t, codes, scale, codes_t, scale_t, grad_weight = _swiglu_backward_quantise(
-        h_codes, h_scale, grad_RF, begin, count, weight_R
-    )
-    weight = None if weight_R is None else grad_weight
-    return HiddenGradients(a_t, a_scale_t, codes, scale, codes_t, scale_t, weight)
+    *parts, grad_weight = _swiglu_backward_quantise(h_codes, h_scale, grad_RF, begin, count, weight_R)
+    return HiddenGradients._make([*parts, None if weight_R is None else grad_weight])
 
 
 def _tiles(h: Tensor, layout: Layout | None, weight_R: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -228,17 +233,6 @@ def _has_kernel(x: Tensor) -> bool:
 
 
 @triton.jit
-def _narrow(x, dtype: tl.constexpr):
-    """Round to nearest even; the interpreter's own cast to bfloat16 truncates."""
-    if INTERPRET and dtype == tl.bfloat16:
-        bits = x.to(tl.uint32, bitcast=True)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-        return tl.where(x == x, rounded.to(tl.float32, bitcast=True), x).to(tl.bfloat16)
-    else:
-        return x.to(dtype)
-
-
-@triton.jit
 def _sigmoid(x):
     """1 / (1 + 2^(-x log2 e)) in four instructions where tl.sigmoid's exact division takes ten.
 
@@ -269,7 +263,7 @@ def _forward_kernel(
     out = gate * _sigmoid(gate) * up
     if WEIGHTED:
         out = out * tl.load(weight_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
-    tl.store(out_ptr + at, _narrow(out, out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + at, narrow(out, out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -304,11 +298,11 @@ def _backward_kernel(
         grad = tl.load(grad_ptr + row * F + f[None, :], mask=mask, other=0.0).to(tl.float32)
         grad_gate, grad_up, activation = swiglu_gradients(gate, up, grad, weight, WEIGHTED)
         total += grad * activation
-        tl.store(grad_h_ptr + at_gate, _narrow(grad_gate, grad_h_ptr.dtype.element_ty), mask=mask)
-        tl.store(grad_h_ptr + at_gate + F, _narrow(grad_up, grad_h_ptr.dtype.element_ty), mask=mask)
+        tl.store(grad_h_ptr + at_gate, narrow(grad_gate, grad_h_ptr.dtype.element_ty), mask=mask)
+        tl.store(grad_h_ptr + at_gate + F, narrow(grad_up, grad_h_ptr.dtype.element_ty), mask=mask)
     if WEIGHTED:
-        narrow = _narrow(tl.sum(total, 1), grad_weight_ptr.dtype.element_ty)
-        tl.store(grad_weight_ptr + n, narrow, mask=n < N)
+        rounded = narrow(tl.sum(total, 1), grad_weight_ptr.dtype.element_ty)
+        tl.store(grad_weight_ptr + n, rounded, mask=n < N)
 
 
 @triton.jit
@@ -387,8 +381,8 @@ def _backward_quantise_kernel(
     a_t_ptr, a_scale_t_ptr, codes_ptr, scale_ptr, codes_t_ptr, scale_t_ptr, part_ptr, R, F, rows_compact,
     GROUPED: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
-    """128 rows x 128 columns of gate and of up. The largest numbers of the columns first, then everything again from L1:
-    three 128 x 128 tiles of float32 would not fit the registers."""
+    """128 rows x 128 columns of gate and of up, as four quarters of interleaved rows. What a quarter gives is rounded to
+    BF16 and stays in registers until the largest number of every column is known."""
     tiles_f = F // 128
     tile_f = tl.program_id(0) % tiles_f
     tile = tl.program_id(0) // tiles_f
@@ -397,44 +391,58 @@ def _backward_quantise_kernel(
             return
     f = tile_f * 128 + tl.arange(0, 128)
     row = tile * 128 + 4 * tl.arange(0, 32)
-    most_gate, most_up = tl.zeros((32, 128), tl.int32), tl.zeros((32, 128), tl.int32)
-    most_a = tl.zeros((32, 128), tl.int32)
-    for j in tl.range(0, 4, loop_unroll_factor=1):
-        live, place = _rows_of(row + j, tile, R, begin_ptr, count_ptr, GROUPED)
-        grad_gate, grad_up, activation, _ = _hidden(
-            h_ptr, h_scale_ptr, grad_ptr, weight_ptr, place, row + j, live, tile_f, R, F, WEIGHTED
-        )
-        most_gate = tl.maximum(most_gate, magnitude(grad_gate))
-        most_up = tl.maximum(most_up, magnitude(grad_up))
-        most_a = tl.maximum(most_a, magnitude(activation))
-    gate_scale, gate_inverse = tile_scale(tl.max(most_gate, 0), False)
-    up_scale, up_inverse = tile_scale(tl.max(most_up, 0), False)
-    a_scale, a_inverse = tile_scale(tl.max(most_a, 0), False)
+    most_h, most_a = tl.zeros((32, 128), tl.int32), tl.zeros((32, 128), tl.int32)
+    grads, activations = (), ()  # type: tuple, tuple
+    for j in tl.static_range(0, 4, 2):
+        gate0, up0, a0 = _quarter(
+            h_ptr, h_scale_ptr, grad_ptr, weight_ptr, begin_ptr, count_ptr, codes_ptr, scale_ptr, part_ptr,
+            row + j, tile, f, tile_f, R, F, rows_compact, GROUPED, WEIGHTED,
+        )  # fmt: skip
+        pair0 = bf16_pair(gate0, up0)
+        gate1, up1, a1 = _quarter(
+            h_ptr, h_scale_ptr, grad_ptr, weight_ptr, begin_ptr, count_ptr, codes_ptr, scale_ptr, part_ptr,
+            row + j + 1, tile, f, tile_f, R, F, rows_compact, GROUPED, WEIGHTED,
+        )  # fmt: skip
+        pair1, pair_a = bf16_pair(gate1, up1), bf16_pair(a0, a1)
+        most_h, most_a = larger_pair(larger_pair(most_h, pair0), pair1), larger_pair(most_a, pair_a)
+        grads, activations = grads + (pair0, pair1), activations + (pair_a,)  # noqa: RUF005
+    most_a = tl.maximum(magnitude(low_of(most_a)), magnitude(high_of(most_a)))
     wide_tile = tile.to(tl.int64)
-    tl.store(scale_t_ptr + wide_tile * 2 * F + f, gate_scale)
-    tl.store(scale_t_ptr + wide_tile * 2 * F + F + f, up_scale)
-    tl.store(a_scale_t_ptr + wide_tile * F + f, a_scale)
-    gate_word, up_word = tl.zeros((32, 128), tl.int32), tl.zeros((32, 128), tl.int32)
-    a_word = tl.zeros((32, 128), tl.int32)
-    for j in tl.range(0, 4, 2, loop_unroll_factor=1):
-        live0, place0 = _rows_of(row + j, tile, R, begin_ptr, count_ptr, GROUPED)
-        live1, place1 = _rows_of(row + j + 1, tile, R, begin_ptr, count_ptr, GROUPED)
-        gate0, up0, a0, weight0 = _hidden(
-            h_ptr, h_scale_ptr, grad_ptr, weight_ptr, place0, row + j, live0, tile_f, R, F, WEIGHTED
-        )
-        gate1, up1, a1, weight1 = _hidden(
-            h_ptr, h_scale_ptr, grad_ptr, weight_ptr, place1, row + j + 1, live1, tile_f, R, F, WEIGHTED
-        )
-        gate_word |= pair_codes(gate0 * gate_inverse[None, :], gate1 * gate_inverse[None, :]) << (8 * j)
-        up_word |= pair_codes(up0 * up_inverse[None, :], up1 * up_inverse[None, :]) << (8 * j)
-        a_word |= pair_codes(a0 * a_inverse[None, :], a1 * a_inverse[None, :]) << (8 * j)
-        _store_rows(codes_ptr, scale_ptr, gate0, row + j, R, f, tile_f, 2 * F, False)
-        _store_rows(codes_ptr, scale_ptr, gate1, row + j + 1, R, f, tile_f, 2 * F, False)
-        _store_rows(codes_ptr, scale_ptr, up0, row + j, R, F + f, tiles_f + tile_f, 2 * F, False)
-        _store_rows(codes_ptr, scale_ptr, up1, row + j + 1, R, F + f, tiles_f + tile_f, 2 * F, False)
-        if WEIGHTED:
-            tl.store(part_ptr + tile_f.to(tl.int64) * rows_compact + place0, weight0, mask=live0)
-            tl.store(part_ptr + tile_f.to(tl.int64) * rows_compact + place1, weight1, mask=live1)
-    store_transposed(codes_t_ptr, gate_word, tile * 128, f, 2 * F, R, True)
-    store_transposed(codes_t_ptr, up_word, tile * 128, F + f, 2 * F, R, True)
-    store_transposed(a_t_ptr, a_word, tile * 128, f, F, R, True)
+    scale_t_ptr += wide_tile * 2 * F
+    inverse = _scale_columns(scale_t_ptr + f, magnitude(low_of(most_h)))
+    word = pack_pair(most_h, low_of(grads[0]) * inverse, low_of(grads[1]) * inverse, True)
+    word = pack_pair(word, low_of(grads[2]) * inverse, low_of(grads[3]) * inverse, False)
+    store_transposed(codes_t_ptr, word, tile * 128, f, 2 * F, R, True)
+    inverse = _scale_columns(scale_t_ptr + F + f, magnitude(high_of(most_h)))
+    word = pack_pair(most_h, high_of(grads[0]) * inverse, high_of(grads[1]) * inverse, True)
+    word = pack_pair(word, high_of(grads[2]) * inverse, high_of(grads[3]) * inverse, False)
+    store_transposed(codes_t_ptr, word, tile * 128, F + f, 2 * F, R, True)
+    inverse = _scale_columns(a_scale_t_ptr + wide_tile * F + f, most_a)
+    word = pack_pair(most_a, low_of(activations[0]) * inverse, high_of(activations[0]) * inverse, True)
+    word = pack_pair(word, low_of(activations[1]) * inverse, high_of(activations[1]) * inverse, False)
+    store_transposed(a_t_ptr, word, tile * 128, f, F, R, True)
+
+
+@triton.jit
+def _quarter(
+    h_ptr, h_scale_ptr, grad_ptr, weight_ptr, begin_ptr, count_ptr, codes_ptr, scale_ptr, part_ptr,
+    row, tile, f, tile_f, R, F, rows_compact, GROUPED: tl.constexpr, WEIGHTED: tl.constexpr,
+):  # fmt: skip
+    """32 rows: store what is whole with them, return the gradients of gate and up, and the activation."""
+    live, place = _rows_of(row, tile, R, begin_ptr, count_ptr, GROUPED)
+    gate, up, activation, grad_weight = _hidden(
+        h_ptr, h_scale_ptr, grad_ptr, weight_ptr, place, row, live, tile_f, R, F, WEIGHTED
+    )
+    _store_rows(codes_ptr, scale_ptr, gate, row, R, f, tile_f, 2 * F, False)
+    _store_rows(codes_ptr, scale_ptr, up, row, R, F + f, F // 128 + tile_f, 2 * F, False)
+    if WEIGHTED:
+        tl.store(part_ptr + tile_f.to(tl.int64) * rows_compact + place, grad_weight, mask=live)
+    return gate, up, activation
+
+
+@triton.jit
+def _scale_columns(scale_ptr, magnitudes):
+    """Store 128x1 scales of columns, given the largest of its rows by fours; return what makes codes."""
+    scale, inverse = tile_scale(tl.max(magnitudes, 0), False)
+    tl.store(scale_ptr, scale)
+    return inverse[None, :]

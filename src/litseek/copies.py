@@ -11,6 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+_MASTERS = WeakTensorKeyDictionary()
+"""Copy -> a weak reference to its master."""
 
 
 def attach_copy(master: nn.Parameter, dtype: torch.dtype) -> None:
@@ -26,8 +30,9 @@ def attach_copy(master: nn.Parameter, dtype: torch.dtype) -> None:
     copy = master.detach().to(dtype).requires_grad_(master.requires_grad)
     if master.requires_grad:
         # weakly: the hook is held where Python's collector does not look, and a cycle through it would never be freed
-        owner = weakref.ref(master)
+        owner: Any = weakref.ref(master)
         copy.register_post_accumulate_grad_hook(lambda leaf: _hand_over(leaf, owner()))
+        _MASTERS[copy] = owner
     dynamic: Any = master
     dynamic.compute_copy = copy
     mark_fresh(master)
@@ -66,10 +71,17 @@ def _hands_over(copy: Tensor) -> bool:
     return copy.requires_grad and bool(copy._post_accumulate_grad_hooks)
 
 
-def _hand_over(copy: Tensor, master: nn.Parameter | None) -> None:
-    grad, copy.grad = copy.grad, None
-    assert grad is not None and master is not None
+def add_gradient(leaf: Tensor, grad: Tensor) -> None:
+    """Where backward would have added it: to a master's gradient, of a master or of its copy."""
+    owner = _MASTERS.get(leaf)
+    master = leaf if owner is None else owner()
     if master.grad is None:
         master.grad = grad.to(master.dtype)
     else:
         master.grad.add_(grad)
+
+
+def _hand_over(copy: Tensor, master: nn.Parameter | None) -> None:
+    grad, copy.grad = copy.grad, None
+    assert grad is not None and master is not None
+    add_gradient(master, grad)

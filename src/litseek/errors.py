@@ -6,3 +6,7 @@ class LitseekError(Exception):
 
     Configuration mistakes raise ``ValueError`` instead; the command line prints both without a traceback.
     """
+
+
+class Preempted(LitseekError):
+    """The run was asked to stop, and stopped with everything saved; a scheduler may start it again."""

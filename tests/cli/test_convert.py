@@ -205,7 +205,7 @@ def test_only_whole_targets_appear_and_taken_ones_are_refused(tmp_path, monkeypa
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("litseek.models.hf_files._write_shard", full)
+    monkeypatch.setattr("litseek.models.hf_files.write_shard", full)
     for format in ("released", "checkpoint"):
         with pytest.raises(LitseekError, match="No space left on device"):
             convert(str(source), str(tmp_path / "target"), format=format)

@@ -64,7 +64,12 @@ def at_smoke_size(words: list[str]) -> list[str]:
     if words[0] not in ("train", "pipeline"):
         return words
     if any(w.startswith("experiment=") for w in words):  # an arm's sizes win over a preset's: shrink these themselves
-        small = ["data.corpus.packages=[json]", "data.validation_fraction=0.2", "data.validation_bytes=2000", "stage.batch=4"]
+        small = [
+            "data.corpus.packages=[json]",
+            "data.validation_fraction=0.2",
+            "data.validation_bytes=2000",
+            "stage.batch=4",
+        ]
         return [*words, *small, "stage.micro_batch=4", "trainer.max_steps=2", "logger=none"]
     kept = [w for w in words if not re.match(r"(preset|model|trainer\.max_steps)=", w)]
     return [*kept, "preset=smoke", "trainer.max_steps=2", "logger=none"]
@@ -94,7 +99,9 @@ def test_file_tour_is_true():
         path = ROOT / folder.strip("`")
         assert path.exists(), f"the tour has {folder}, which does not exist"
         for name in re.findall(r"`([\w./*]+)`", what):
-            assert list(path.glob(f"{name}.py")) or list(path.glob(name)), f"the tour has {name} in {folder}: no such file"
+            assert list(path.glob(f"{name}.py")) or list(path.glob(name)), (
+                f"the tour has {name} in {folder}: no such file"
+            )
     listed = {folder.strip("`").rstrip("/") for folder, _, _ in tour}
     real = [p for p in (ROOT / "src" / "litseek").iterdir() if p.is_dir() and any(p.glob("*.py"))]
     real += [ROOT / name for name in ("conf", "experiments", "tests", "kernels/litseek_kernels")]

@@ -117,6 +117,41 @@ def test_weights_in_the_rows_order(device):
     assert torch.equal(grad, inverse.float())
 
 
+@pytest.mark.parametrize("owned", [0.4, 0.0], ids=["some choices", "no choice"])
+def test_choices_of_minus_one_have_no_row(owned, device):
+    """As where the other ranks hold their experts: equal to the dense form without those rows."""
+    expert_TK = choices(123, 5, 31, device)
+    expert_TK = expert_TK.masked_fill(torch.rand(123, 5, device=device) >= owned, -1)
+    order, inverse, count = op.sort_by_expert(expert_TK, 31)
+    R = int(count.sum())
+    flat, order = expert_TK.flatten(), order[:R]
+    mine = (flat >= 0).nonzero().flatten()
+    assert torch.equal(order.long(), mine[flat[mine].argsort(stable=True)])
+    assert torch.equal(count, torch.bincount(flat[mine], minlength=31))
+    assert torch.equal(inverse.flatten()[order], torch.arange(R, dtype=torch.int32, device=device))
+    assert inverse[expert_TK < 0].eq(-1).all()
+
+    x = torch.randn(123, 43, device=device, requires_grad=True)
+    rows = op.permute(x, order, inverse)
+    assert torch.equal(rows, x[order // 5])
+    seed = torch.randn(R, 43, device=device)
+    (got,) = torch.autograd.grad(rows, x, seed)
+    assert relative_error(got, torch.zeros_like(x, dtype=torch.float64).index_add(0, order // 5, seed.double())) <= 5e-7
+
+    rows = rows.detach().requires_grad_()
+    weight = torch.rand(123, 5, device=device, requires_grad=True)
+    seed = torch.randn_like(x)
+    for w in (None, weight):
+        out = op.unpermute(rows, w, order, inverse)
+        factor = torch.ones(R, device=device) if w is None else op.weight_of_rows(w, order, inverse)
+        exact = torch.zeros_like(x, dtype=torch.float64)
+        exact = exact.index_add(0, order // 5, (rows * factor[:, None]).double())
+        assert relative_error(out, exact) <= 5e-7
+        leaves = [rows] if w is None else [rows, w]
+        for a, b in zip(torch.autograd.grad(out, leaves, seed), torch.autograd.grad(exact, leaves, seed.double())):
+            assert relative_error(a, b) <= 1e-6
+
+
 def test_nan_and_inf_pass_through(device):
     order, inverse, _ = ref.sort_by_expert(torch.tensor([[0, 1], [1, 2]], device=device), 3)
     x = torch.tensor([[float("nan"), 1.0], [float("inf"), 2.0]], device=device)
@@ -143,6 +178,6 @@ def test_operators_are_described_for_the_compiler(device):
     weight = torch.rand(6, 2, device=device, requires_grad=True)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(op._sort_by_expert, (choices(6, 2, 5, device), 5), test_utils=checks)
-    torch.library.opcheck(op._spread, (x, inverse), test_utils=checks)
+    torch.library.opcheck(op._spread, (x, inverse, 12), test_utils=checks)
     torch.library.opcheck(op._gather_sum, (rows, weight, inverse), test_utils=checks)
     torch.library.opcheck(op._gather_sum, (rows, None, inverse), test_utils=checks)

@@ -194,7 +194,6 @@ def test_tiny_weights_take_the_released_floor(device):
     assert scale[0].tolist() == pytest.approx([1e-4 / 448, 1e-3 / 448])
 
 
-
 def test_a_weight_block_with_inf_has_only_nan_codes(device):
     weight = torch.randn(256, 128)
     weight[5, 5] = torch.inf

@@ -6,8 +6,9 @@ from litseek_kernels.ref import swiglu as ref
 from litseek_kernels.swiglu import swiglu
 from litseek_kernels.testing import UGLY_ROWS, relative_error
 
-# Rounding to nearest: bfloat16 keeps 8 bits, so a rounded result is off by 1.7e-3 (root mean square; 7 x 1 numbers scatter).
-TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2.5e-3}
+# Rounding to nearest: bfloat16 keeps 8 bits, so one number is off by 3.9e-3 at most (1.7e-3 root mean square, from which
+# the few numbers of 7 x 1 scatter).
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 3.91e-3}
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

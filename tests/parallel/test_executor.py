@@ -5,7 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from litseek.data.batch import MicroBatch
-from litseek.parallel.executor import Action, Executor, one_after_another
+from litseek.parallel.executor import Executor, one_after_another
+from litseek.parallel.schedule import Action, Compute, Part
 
 
 class ToyPhase:
@@ -148,10 +149,9 @@ def test_another_action_list_gives_the_same_gradients():
     Executor(model.phases(), 2).forward_backward(batch, model.head_loss)
     wanted = grads(model)
     model.zero_grad()
-    every = [Action("F", c, m) for c in (0, 1) for m in range(3)] + [
-        Action("B", c, m) for c in (1, 0) for m in range(3)
-    ]
-    Executor(model.phases(), 2).forward_backward(batch, model.head_loss, actions=every)
+    every = [Part("F", c, m) for c in (0, 1) for m in range(3)] + [Part("B", c, m) for c in (1, 0) for m in range(3)]
+    steps = [Compute(Action((part,))) for part in every]
+    Executor(model.phases(), 2).forward_backward(batch, model.head_loss, instructions=steps)
     for name, value in grads(model).items():
         torch.testing.assert_close(value, wanted[name], rtol=1e-5, atol=1e-6)
 
@@ -176,7 +176,8 @@ def test_total_targets_scale_the_loss_of_one_rank():
 
 def test_default_actions_keep_one_micro_batch_in_flight():
     first = [("F", 0, 0), ("F", 1, 0), ("B", 1, 0), ("B", 0, 0)]
-    assert one_after_another(2, 2) == [*first, *((kind, chunk, 1) for kind, chunk, _ in first)]
+    parts = [step.action.parts for step in one_after_another(2, 2)]
+    assert parts == [(part,) for part in (*first, *((kind, stage, 1) for kind, stage, _ in first))]
 
 
 def test_chunks_beyond_the_phases_are_refused():

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from litseek.errors import LitseekError
-from litseek.parallel import storage
+from litseek.parallel import pieces, storage
 
 BASE = torch.arange(12.0).view(3, 4)
 STATE = {
@@ -59,14 +59,14 @@ def test_everything_comes_back(saved):
 
 
 def test_files_hold_no_pickle_and_are_split(tmp_path, monkeypatch):
-    monkeypatch.setattr(storage, "SHARD", 100)
+    monkeypatch.setattr(pieces, "SHARD", 100)
     storage.save(tmp_path / "a", {"x": [torch.full((20,), float(i)) for i in range(5)]})
     assert len(list((tmp_path / "a").glob("*.safetensors"))) == 5
     assert {path.suffix for path in (tmp_path / "a").iterdir()} == {".json", ".safetensors"}
     assert [float(t[0]) for t in storage.load(tmp_path / "a")["x"]] == [0, 1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("name", ["model-00001-of-00001.safetensors", "state.json", "config.json", "manifest.json"])
+@pytest.mark.parametrize("name", ["model-00001-of-000001.safetensors", "state.json", "config.json", "manifest.json"])
 @pytest.mark.parametrize("damage", ["missing", "truncated", "changed"])
 def test_damage_is_named(saved, name, damage):
     path = saved / name
@@ -92,7 +92,7 @@ def test_a_malicious_pickle_is_never_opened(saved, tmp_path, monkeypatch):
     (saved / ".metadata").write_bytes(bomb)  # where torch.distributed.checkpoint's own format would look
     (saved / "__0_0.distcp").write_bytes(bomb)
     assert_equal(storage.load(saved), STATE)
-    for name in ("model-00001-of-00001.safetensors", "state.json"):
+    for name in ("model-00001-of-000001.safetensors", "state.json"):
         folder = tmp_path / name.partition(".")[0]
         storage.save(folder, STATE)
         (folder / name).write_bytes(bomb)
@@ -124,9 +124,7 @@ def test_a_full_disk_is_told_and_harms_no_earlier_checkpoint(saved, monkeypatch,
         raise full
 
     if point == "tensors":
-        from torch.distributed.checkpoint import filesystem
-
-        monkeypatch.setattr(filesystem.FileSystem, "create_stream", refuse)
+        monkeypatch.setattr(pieces, "write_shard", refuse)
     else:
         monkeypatch.setattr(storage, "_write" if point == "state" else "_sync", refuse)
     for name in ("step-00000002", "step-00000001"):

@@ -34,7 +34,9 @@ def test_experts(counts):
         y.backward(grad)
         results.append([y.detach(), *(leaf.grad for leaf in leaves)])
     for ours, wanted in zip(*results):
-        assert relative_error(ours, wanted) < 0.08  # other tiles of rows, and the stash is not rounded
+        assert (
+            relative_error(ours, wanted) < 0.09
+        )  # other tiles of rows, no powers of two, and the stash is not rounded
 
 
 def test_one_scale_for_all_loses_what_is_small():

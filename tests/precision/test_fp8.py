@@ -8,8 +8,9 @@ from functools import partial
 import pytest
 import torch
 from litseek_kernels.quantise import quantise_rows
-from litseek_kernels.ref.quantise import dequantise_block, quantise_block
+from litseek_kernels.ref.quantise import dequantise_block, dequantise_rows, quantise_block
 from litseek_kernels.testing import relative_error
+from torch._dynamo.testing import CompileCounter
 
 from litseek.data.batch import MicroBatch
 from litseek.models.transformer import build
@@ -80,6 +81,35 @@ def test_experts_and_their_gradients(counts, device):
             assert relative_error(ours, wanted) < EXPERTS
         else:
             assert not ours.any()
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-19, 1.0, 1e20])
+@pytest.mark.parametrize("shape", [(37, 256), (5, 144), (0, 256)])
+def test_a_payload_is_rounded_once(shape, size):
+    """Codes and power-of-two scales are exact in BF16, and stay what they are when the experts quantise them."""
+    x = (torch.randn(shape) * size).bfloat16()
+    payload = FP8().pack(x)
+    assert [part.dtype for part in payload] == [torch.uint8, torch.float32]
+    assert payload[1].shape == (shape[0], -(-shape[1] // 128))
+    rows = FP8().unpack(payload)
+    assert rows.dtype == torch.bfloat16 and rows.shape == shape
+    assert relative_error(rows, x) < 0.03 or size == 1e-30  # below 2**-64 a tile's scale is that of zeros
+    assert torch.equal(dequantise_rows(*quantise_rows(rows, power_of_two=True)), rows.float())
+
+
+def test_a_payload_keeps_what_is_not_finite():
+    x = torch.randn(3, 256).bfloat16()
+    x[1, 5], x[2, 200] = float("nan"), float("inf")
+    found = FP8().unpack(FP8().pack(x)).isnan()
+    assert found.sum() == 256 and found[1, :128].all() and found[2, 128:].all()
+
+
+def test_the_experts_take_a_payloads_rows_without_rounding_them():
+    """Forward on rows that travelled equals forward on the rows themselves: both have the same codes and scales."""
+    x, count_E = torch.randn(60, 256).bfloat16(), torch.tensor([25, 35])
+    weights = torch.randn(2, 256, 256) * 0.05, torch.randn(2, 256, 128) * 0.05
+    travelled = FP8().unpack(FP8().pack(x))
+    assert torch.equal(FP8().experts(travelled, *weights, count_E), FP8().experts(x, *weights, count_E))
 
 
 @pytest.mark.parametrize("hidden", [128, 96])
@@ -245,3 +275,24 @@ def test_compiled_phases_see_weights_that_were_written(monkeypatch):
             for model in (plain, compiled):
                 for weight in model.parameters():
                     weight.mul_(-1.5)
+
+
+def test_steps_and_layers_share_compiled_phases(monkeypatch):
+    """A step writes all weights: what a compiled phase reads of them must be no constant of its own."""
+    graphs = CompileCounter()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=graphs))
+    sizes = {key: 32 for key in ("q_lora_rank", "kv_lora_rank", "hidden_size", "intermediate_size")}
+    cfg = tiny_config(
+        **sizes, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16, moe_intermediate_size=32, num_hidden_layers=6
+    )
+    model = build(cfg, FP8(), seed=1)
+    model.compile_phases()
+    made = []
+    for _ in range(3):
+        model.attach()
+        model.logits(torch.randint(cfg.vocab_size, (2, 16))).sum().backward()
+        made.append(graphs.frame_count)
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.mul_(0.9)
+    assert made[0] == made[-1] <= 6, made  # attend before either feed-forward, these, and _experts after such a layer

@@ -95,3 +95,9 @@ def _runs(owners: list[int]):
         if e >= 0:
             yield e, tile * TILE, (tile + tiles) * TILE
         tile += tiles
+
+
+def check_promotion(promote: bool) -> None:
+    """ValueError where the references are asked for the tensor cores' own sums."""
+    if not promote:
+        raise ValueError("promote=False needs a GPU: the sums of its FP8 tensor cores cannot be had on a CPU.")

@@ -64,7 +64,8 @@ def swiglu_backward_quantise(
     weight_R: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """From h in FP8 and the activation's gradient: the recomputed activation 128x1 (codes_t, scale_t), the gradient of h
-    1x128 (codes, scale) and 128x1 (codes_t, scale_t), and the weight's gradient (float32, compact) or None."""
+    1x128 (codes, scale) and 128x1 (codes_t, scale_t), and the weight's gradient (float32, compact) or None. What is
+    quantised 128x1 is rounded to BF16 before, as it is where rows are turned from BF16 in memory."""
     h = _masked(dequantise_rows(h_codes, h_scale), tile_begin, tile_count)
     grad = _masked(grad_RF, tile_begin, tile_count).float()
     weight = _spread(weight_R, tile_begin, tile_count)
@@ -73,9 +74,9 @@ def swiglu_backward_quantise(
     if weight_R is not None and tile_begin is not None and tile_count is not None:
         grad_weight = to_compact(grad_weight, weight_R.shape[0], tile_begin, tile_count)
     return (
-        *quantise_columns(activation),
+        *quantise_columns(activation.bfloat16()),
         *quantise_rows(grad_h),
-        *quantise_columns(grad_h),
+        *quantise_columns(grad_h.bfloat16()),
         None if weight_R is None else grad_weight,
     )
 

@@ -24,8 +24,10 @@ class WeightAverage(Callback):
         self.ema = EMA(decay**every)
         self.every, self.validate = every, validate
         self._weights: dict[str, Tensor] = {}
+        self._team: Any = None
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self._team = getattr(trainer.strategy, "team", None)  # a foreign strategy has none
         self.ema.start(averaged(pl_module.model))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
@@ -53,7 +55,10 @@ class WeightAverage(Callback):
         self.on_validation_end(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        return self.ema.state_dict()
+        state = self.ema.state_dict()
+        if self._team is not None:  # every rank averages what it holds
+            state["average"] = self._team.pieces(state["average"])
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.ema.load_state_dict(state_dict)

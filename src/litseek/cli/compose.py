@@ -26,6 +26,8 @@ from litseek.cli.overrides import Request, expand, key_of, swept_keys
 STAGED = ("train", "pipeline")
 """Commands that have stages, presets, experiment arms and a run folder named after them."""
 
+WHAT = {"bench": ("kernels", "profile", "slice", "step"), "plan": ("schedule",)}
+"""The files of conf/what that each command takes."""
 
 PARENT = "parent:"
 """Stands for the run folder in a pipeline stage's `init_from` until the run has its name."""
@@ -78,6 +80,9 @@ def compose(command: str, overrides: tuple[str, ...], sweep: list[str] | None = 
     """One checked configuration. `sweep` names the keys that vary between the jobs of a sweep (None: no sweep)."""
     if not (conf_dir() / f"{command}.yaml").is_file():
         raise Usage(f"{conf_dir() / (command + '.yaml')} is missing: the installation is incomplete.")
+    what, known = _take(overrides, "what"), WHAT.get(command, ())
+    if command in WHAT and what not in (None, *known) and (conf_dir() / "what" / f"{what}.yaml").is_file():
+        raise Usage(f"what={what} does not go with litseek {command}; it takes {', '.join(known)}.")
     stages: dict[str, DictConfig] = {}
     if command == "train":
         cfg, choices = _train(overrides)
@@ -102,6 +107,13 @@ def compose(command: str, overrides: tuple[str, ...], sweep: list[str] | None = 
 def make(node: DictConfig, **extra: Any) -> Any:
     """The node's object. `extra` goes past Hydra, which would take a dataclass apart."""
     return instantiate(node, _convert_="all", _partial_=True)(**extra)
+
+
+def cluster_of(cfg: DictConfig) -> DictConfig | None:
+    """Where a job is to be submitted; None when it runs here. A pipeline is one job, its first stage's."""
+    found = next(iter(cfg.jobs.values()), cfg) if "jobs" in cfg else cfg
+    cluster = found.get("cluster")
+    return cluster if cluster and "_target_" in cluster else None
 
 
 def _check(cfg: DictConfig, about: str) -> None:

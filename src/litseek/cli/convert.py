@@ -31,10 +31,11 @@ from litseek.models.hf import (
     written_folder,
 )
 from litseek.models.hf_config import write_json
-from litseek.models.hf_files import Entry, ShardReader, write_shards
-from litseek.models.hf_layout import Piece, released_layout
+from litseek.models.hf_files import Entry, write_shards
+from litseek.models.hf_layout import Piece, by_parameter, parameter_shapes, released_layout
 from litseek.parallel import storage
 from litseek.parallel.checkpoint import resolve_checkpoint
+from litseek.parallel.pieces import Stored
 from litseek.parallel.tree import flatten, unflatten
 
 WEIGHTS, RELEASED = "state_dict", "released"
@@ -108,40 +109,29 @@ class CheckpointSource:
     def __init__(self, folder: Path, cfg: DeepSeekV3Config, stage: str | None) -> None:
         storage.verify(folder)
         self.folder, self.cfg, self.stage = folder, cfg, stage
-        self.reader = ShardReader(folder, sorted(path.name for path in folder.glob("*.safetensors")))
+        self.tensors = Stored(folder)
         tree = json.loads((folder / storage.STATE).read_text(encoding="utf-8")).get(RELEASED)
-        released = unflatten({}, tree, prefix=RELEASED) if tree else {}
+        released = unflatten({}, tree, partial=True) if tree else {}
         prefix = f"{RELEASED}/scales/"
-        scales = {name.removeprefix(prefix): name for name in self.reader.names() if name.startswith(prefix)}
-        self.origin = Origin(released.get("config", {}), released.get("dtypes", {}), StoredTensors(self.reader, scales))
+        names = {name.removeprefix(prefix): name for name in self.tensors.names() if name.startswith(prefix)}
+        scales = StoredTensors(self.tensors.tensor, names)
+        self.origin = Origin(released.get("config", {}), released.get("dtypes", {}), scales)
         for param, shape in parameter_shapes(cfg).items():
             self._check(param, shape)
 
     def stored(self, piece: Piece) -> Tensor:
-        return self.reader.read(f"{WEIGHTS}/{piece.param}", piece.index)
+        name = f"{WEIGHTS}/{piece.param}"
+        if piece.expert is None:
+            return self.tensors.tensor(name)[piece.index]
+        return self.tensors.read({name: (piece.expert, 1)})[name][0][piece.index[1:]]
 
     def _check(self, param: str, shape: tuple[int, ...]) -> None:
         name = f"{WEIGHTS}/{param}"
-        if name not in self.reader.info:
+        if name not in self.tensors.found:
             raise LitseekError(f"{self.folder} lacks the tensor {name}")
-        found = self.reader.info[name][0]
+        found = self.tensors.shape(name)
         if found != shape:
-            raise LitseekError(
-                f"{self.reader.file_of(name)}: {name} has shape {list(found)}, its config makes it {list(shape)}"
-            )
-
-
-def parameter_shapes(cfg: DeepSeekV3Config) -> dict[str, tuple[int, ...]]:
-    """Our tensors' names and shapes, put together from the released layout's pieces."""
-    shapes = {}
-    for param, pieces in _by_parameter(cfg).items():
-        last = pieces[-1]
-        if last.expert is None:
-            shapes[param] = last.shape
-        else:
-            rows = last.rows[1] if last.rows else last.shape[0]
-            shapes[param] = (last.expert + 1, rows, last.shape[1])
-    return shapes
+            raise LitseekError(f"{self.folder}: {name} has shape {list(found)}, its config makes it {list(shape)}")
 
 
 def parse_size(size: str | int) -> int:
@@ -184,7 +174,7 @@ def _write_checkpoint(source: Source, target: Path, limit: int) -> None:
     )[1]
 
     def entries() -> Iterator[Entry]:
-        for param, pieces in _by_parameter(cfg).items():
+        for param, pieces in by_parameter(cfg).items():
             yield Entry(f"{WEIGHTS}/{param}", shapes[param], torch.float32, partial(_masters, source, pieces))
         for name, shape in scale_shapes.items():
             yield Entry(f"{RELEASED}/scales/{name}", shape, torch.float32, partial(_scale, origin.scales, name))
@@ -209,13 +199,6 @@ def _masters(source: Source, pieces: list[Piece]) -> Iterator[Tensor]:
 
 def _scale(scales: Mapping[str, Tensor], name: str) -> Iterator[Tensor]:
     yield scales[name]
-
-
-def _by_parameter(cfg: DeepSeekV3Config) -> dict[str, list[Piece]]:
-    grouped: dict[str, list[Piece]] = {}
-    for piece in released_layout(cfg, copies=False):
-        grouped.setdefault(piece.param, []).append(piece)
-    return grouped
 
 
 def _tokenizer(source: Source) -> Tokenizer | None:

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 
 from litseek.errors import LitseekError
 
+INTERRUPTED = "interrupted; the same command goes on from the last checkpoint."
+
 
 class Usage(LitseekError):
     """The command line was not understood; nothing ran. Exit status 2."""

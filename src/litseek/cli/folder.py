@@ -5,7 +5,6 @@ A folder appears with its config.yaml and session.json at once, so that a killed
 
 from __future__ import annotations
 
-import os
 import secrets
 import shutil
 import string
@@ -15,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from litseek.cli import receipt as receipts
+from litseek.cli.say import is_zero, say
+from litseek.cli.watch import from_rank_0
 from litseek.errors import LitseekError
 from litseek.parallel.storage import last
 
@@ -31,17 +31,6 @@ class Attempt:
     wandb_id: str
     resume: Path | None = None
     spent_s: float = 0.0
-
-
-def is_zero() -> bool:
-    """Whether this process is the one that writes and speaks; torchrun and Lightning's launcher set these."""
-    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK"))
-
-
-def say(line: str) -> None:
-    """A line on stdout, once for all ranks."""
-    if is_zero():
-        print(line, flush=True)
 
 
 def finished(
@@ -59,8 +48,7 @@ def begin(folder: Path, config: Mapping[str, Any], parent: str | None, rerun: st
 
     What is set aside lies in `<folder>.replaced` until the next time, and a line says why. `rerun` as in `train`.
     """
-    together = "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
-    if together or dist.is_initialized():  # by torchrun, or by an earlier stage of this pipeline
+    if dist.is_initialized():  # by `connect`, or by an earlier stage of this pipeline
         return _agree(lambda: _decide(folder, config, parent, rerun))
     if not is_zero():
         return _join(folder)  # rank 0 decided before it launched this process
@@ -97,18 +85,17 @@ def _answers(folder: Path, rerun: str | None) -> bool:
 
 def _agree(decide: Callable[[], Attempt]) -> Attempt:
     """All ranks come here at once: rank 0 decides and tells the others, its errors too."""
-    if not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    box: list[Any] = [None]
+    decided: Attempt | Exception | None = None
     if dist.get_rank() == 0:
         try:
-            box = [decide()]
+            decided = decide()
         except Exception as error:
-            box = [error]
-    dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
-    if isinstance(box[0], Exception):
-        raise box[0]
-    return box[0]
+            decided = error
+    decided = from_rank_0(decided)
+    if isinstance(decided, Exception):
+        raise decided
+    assert decided is not None
+    return decided
 
 
 def _create(folder: Path, config: Mapping[str, Any], parent: str | None, rerun: str | None) -> Attempt:

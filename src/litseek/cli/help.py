@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from litseek.cli.compose import STAGED, arms, conf_dir
+from litseek.cli.compose import STAGED, WHAT, arms, conf_dir
 from litseek.cli.errors import Usage
 
 EXAMPLES = """\
@@ -19,6 +20,7 @@ Examples
   litseek generate checkpoint=runs/demo prompt="3 + 4 ="
   litseek report runs/demo
   litseek bench what=step model=yardstick precisions=[bf16] batch=[8]
+  litseek plan what=schedule kind=dualpipev ranks=8 microbatches=20 out=timeline.json
 """
 
 RULES = """\
@@ -40,6 +42,10 @@ Default run_dir: runs/<preset or model>; an experiment arm goes to runs/<folder>
 what=step: the training step on random tokens, and the peers of vs=[torchtitan,transformers] after it. what=slice: MoE blocks of
 the 671B's widths. what=profile: where the step's time goes, against each part's floor. what=kernels: kernels/bench.
 """,
+    "plan": """\
+what=schedule: bubble and peak activations of a pipeline schedule, beside the report's formulas, in units of f, b and w. `out`
+gets the list of events, and a picture of them lies beside it.
+""",
 }
 
 
@@ -58,10 +64,14 @@ def command(name: str, line: str) -> str:
     if not root.is_file():
         raise Usage(f"{root} is missing: the installation is incomplete.")
     defaults = OmegaConf.to_container(OmegaConf.load(root)).get("defaults", [])  # type: ignore[union-attr]
-    groups = [f"  {group:<11}{choices(group)}" for entry in defaults if isinstance(entry, dict) for group in entry]
+    named = [group for entry in defaults if isinstance(entry, dict) for group in entry]
+    own = {"what": " ".join(WHAT.get(name, ()))}
+    groups = [f"  {group:<11}{own.get(group) or choices(group)}" for group in named]
     if groups and name in STAGED:
         groups.append(f"  {'experiment':<11}{' '.join(arms())}")
-    keys = [f"  {text}" for text in root.read_text().split("\n") if re.match(r"\w+:.*\S", text) and text != "defaults:"]
+    keys = settings(root)
+    if name == "plan":  # all of its settings belong to what is planned
+        keys += [key for what in WHAT[name] for key in settings(conf_dir() / "what" / f"{what}.yaml")]
     parts = [
         f"litseek {name}: {line}",
         "\n".join(["Groups", *groups]) if groups else "",
@@ -70,6 +80,12 @@ def command(name: str, line: str) -> str:
         RULES.rstrip(),
     ]
     return "\n\n".join(part for part in parts if part)
+
+
+def settings(file: Path) -> list[str]:
+    """Lines of a YAML file that set a root key, with their comments."""
+    lines = file.read_text(encoding="utf-8").split("\n")
+    return [f"  {text}" for text in lines if re.match(r"\w+:.*\S", text) and text != "defaults:"]
 
 
 def choices(group: str) -> str:

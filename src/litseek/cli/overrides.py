@@ -16,7 +16,18 @@ from litseek.cli.errors import Usage
 PROSE = {"prompt", "system"}
 """Keys whose value is what a person wrote: nothing in it means anything to Hydra, `${` included."""
 
-PATHS = {"run_dir", "init_from", "checkpoint", "source", "target", "folder", "input_file", "output_file", "results"}
+PATHS = {
+    "run_dir",
+    "init_from",
+    "checkpoint",
+    "source",
+    "target",
+    "folder",
+    "input_file",
+    "output_file",
+    "results",
+    "out",
+}
 """Root keys that hold a path: commas, equals signs and spaces are part of it."""
 
 _KEY = re.compile(r"^(?P<sign>\+\+|\+|~)?(?P<key>[A-Za-z_][\w./@-]*)=(?P<value>.*)$", re.DOTALL)

@@ -1,7 +1,7 @@
 """`litseek pipeline`: the stages in order, each from its parent's checkpoint, then a report and a sample.
 
 Stages run in this process one after the other, so killing the command kills the stage, and the same command again skips
-what is finished and goes on in what is not.
+what is finished and goes on in what is not. SIGTERM stops the stage after its step, with a checkpoint, and the command with it.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from typing import Any
 from omegaconf import DictConfig
 
 from litseek.cli import compose, train
-from litseek.cli.folder import is_zero, say
 from litseek.cli.overrides import parse
 from litseek.cli.receipt import read_receipt
+from litseek.cli.say import is_zero, say
+from litseek.parallel import preempt
 from litseek.parallel.checkpoint import CheckpointRef, check_same_model
 
 RERUN = ".rerun"
@@ -33,6 +34,8 @@ def run(cfg: DictConfig) -> None:
         asked = asked or name == cfg.start
         result = train.train(job, request if asked else None)
         say(train.summary(Path(cfg.run_dir) / name, result))
+        if preempt.requested():
+            raise preempt.stopped(f"stage {name}")
     if is_zero():
         (Path(cfg.run_dir) / RERUN).unlink(missing_ok=True)
         finish(cfg)

@@ -27,7 +27,13 @@ RECEIPT, SESSION, CONFIG = "receipt.json", "session.json", "config.yaml"
 IMMATERIAL = {
     *("run_dir", "init_from", "experiment", "preset", "debug", "logger", "callbacks", "stage.cache_dir"),
     *("stage.checkpoint_every", "stage.checkpoint_keep"),
-    *("strategy", "trainer.devices", "trainer.num_nodes", "trainer.accelerator"),  # a checkpoint fits every layout
+    *(
+        "cluster",
+        "strategy",
+        "trainer.devices",
+        "trainer.num_nodes",
+        "trainer.accelerator",
+    ),  # a checkpoint fits every layout
     *("trainer.default_root_dir", "trainer.enable_progress_bar", "trainer.enable_model_summary"),
     *("trainer.log_every_n_steps", "trainer.profiler", "trainer.num_sanity_val_steps"),
 }

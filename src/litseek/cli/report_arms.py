@@ -210,7 +210,7 @@ def note(folder: Path, arms: Sequence[Arm], waiting: Sequence[str]) -> str:
     total = duration(sum(wall(r) or 0 for r in receipts))
     parts.append(f"{len(receipts)} runs, {total} in all, on {', '.join(unique(map(device, receipts))) or 'unknown hardware'}; "
                  f"{'; '.join(unique(map(versions, receipts)))}; "
-                 f"commit {', '.join(short(c) for c in unique(r.get('commit') for r in receipts))}.")  # fmt: skip
+                 f"commit {', '.join(short(c) for c in unique(r.get('commit') for r in receipts)) or 'unknown'}.")  # fmt: skip
     run = command(folder, [arm.name for arm in arms], seeds)
     return " ".join(parts) + f"\n\n```\n{run}\nlitseek report experiments/{folder.name}\n```"
 

@@ -17,7 +17,10 @@ from omegaconf import DictConfig, OmegaConf
 from litseek.callbacks import MetricsCSV
 from litseek.cli import receipt as receipts
 from litseek.cli.compose import make
-from litseek.cli.folder import Attempt, begin, finished, is_zero, say
+from litseek.cli.folder import Attempt, begin, finished
+from litseek.cli.say import is_zero, say
+from litseek.cli.watch import Watch, connect
+from litseek.parallel import preempt
 from litseek.parallel.checkpoint import CheckpointRef, load_weights, resolve_checkpoint
 
 SHOWN = (
@@ -37,7 +40,9 @@ def train(cfg: DictConfig, rerun: str | None = None) -> dict[str, Any]:
     """Train the stage unless its receipt matches; return the receipt.
 
     `rerun` names a request to train anew what matches too; a folder that this request already made is gone on with.
+    Errors: Preempted when SIGTERM stopped it, with a checkpoint to go on from.
     """
+    connect()
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     folder = Path(cfg.run_dir) / cfg.stage.name
     parent = None if cfg.init_from is None else resolve_checkpoint(cfg.init_from)
@@ -99,7 +104,7 @@ def _fit(
     trainer = make(
         cfg.trainer,
         default_root_dir=str(folder),
-        callbacks=list(objects["callbacks"].values()),
+        callbacks=[Watch(), *objects["callbacks"].values()],
         strategy=objects["strategy"],
         logger=loggers(cfg, config, folder, attempt.wandb_id),
     )
@@ -110,7 +115,9 @@ def _fit(
         result: dict[str, Any] = {}
         if trainer.is_global_zero:
             result = receipts.write_receipt(folder, config, parent, stage.tokens_seen, spent, stage.results)
-        return trainer.strategy.broadcast(result)
+        result, stop = trainer.strategy.broadcast((result, preempt.requested()))
+        preempt.agree(stop)  # too late for this stage; a pipeline stops before the next one
+        return result
     except SystemExit:  # what Lightning makes of Ctrl-C
         if trainer.interrupted:
             raise KeyboardInterrupt from None

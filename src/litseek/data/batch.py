@@ -27,6 +27,8 @@ class MicroBatch:
     """(B, S) int64 document ids where attention stays inside a document, else None."""
     targets: float = 0.0
     """Scored units in here (label tokens; samples for GRPO). The executor weighs the loss by it."""
+    blank: bool = False
+    """Runs along where a schedule or another rank wants a micro-batch more, and counts nowhere."""
     extra: dict[str, Tensor] = field(default_factory=dict)
     """What a stage adds, for example advantages."""
     memo: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)

@@ -1,7 +1,7 @@
 """Models in the released format: Hugging Face's DeepseekV3 folders, FP8 and BF16 (report §3.3, public README).
 
 ``load_pretrained`` and ``save_pretrained`` work in process; ``ReleasedFolder`` and ``released_entries`` give the
-converter one tensor at a time.
+converter one tensor at a time, and a rank what it holds.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from litseek.models.transformer import Transformer, build
 FP8 = torch.float8_e4m3fn
 SHARD_SIZE = 5_000_000_000
 DTYPES = ("fp32", "bf16", "fp8")
+Held = Mapping[str, tuple[Tensor, int]]
+"""Our parameter's name -> the rows of it that are held, and the first one's number along dim 0 (of experts: which)."""
 
 
 @dataclass
@@ -54,14 +56,10 @@ def load_pretrained(folder: str | Path, precision: Any = None) -> Transformer:
     state = model.state_dict()
     unseen = set(state) - {piece.param for piece in source.pieces}
     assert not unseen, f"the layout has no place for {sorted(unseen)}"
-    with torch.no_grad():
-        for piece in source.pieces:
-            if piece.copy:
-                source.check_copy(piece)
-            else:
-                state[piece.param][piece.index].copy_(source.weight(piece))
+    held = {name: (tensor, 0) for name, tensor in state.items()}
+    source.fill(held)
     # nn.Module's own __setattr__ is for tensors and modules.
-    model.__dict__["origin"] = replace(source.origin, scales=dict(source.origin.scales))
+    model.__dict__["origin"] = source.origin_of(held)
     return model
 
 
@@ -84,11 +82,11 @@ def save_pretrained(
 class StoredTensors(Mapping[str, Tensor]):
     """Some tensors of a folder under other names, read when they are asked for and not kept."""
 
-    def __init__(self, reader: ShardReader, names: Mapping[str, str]) -> None:
-        self._reader, self._names = reader, names
+    def __init__(self, read: Callable[[str], Tensor], names: Mapping[str, str]) -> None:
+        self._read, self._names = read, names
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._reader.read(self._names[name])
+        return self._read(self._names[name])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -113,7 +111,7 @@ class ReleasedFolder:
             self._check(piece)
         dtypes = {p.name: names[p.name][1] for p in self.pieces}
         scales = {p.name: p.scale_name for p in self.pieces if self._is_fp8(p)}
-        self.origin = Origin(self.raw, dtypes, StoredTensors(self.reader, scales))
+        self.origin = Origin(self.raw, dtypes, StoredTensors(self.reader.read, scales))
         expected = {p.name for p in self.pieces} | {p.scale_name for p in self.pieces if self._is_fp8(p)}
         unexpected = [n for n in names if n not in expected and not n.endswith("rotary_emb.inv_freq")]
         if unexpected:
@@ -131,6 +129,27 @@ class ReleasedFolder:
         stored = self.stored(piece)
         return dequantise_block(stored, self.reader.read(piece.scale_name)) if stored.dtype == FP8 else stored
 
+    @torch.no_grad()
+    def fill(self, held: Held) -> None:
+        """Read what the parameters ``held`` are made of, and of the files nothing else."""
+        for piece in self.pieces:
+            if piece.param not in held:
+                continue
+            if piece.copy:
+                self.check_copy(piece)
+                continue
+            tensor, first = held[piece.param]
+            if piece.expert is None:
+                tensor.copy_(self.weight(piece)[first : first + len(tensor)])
+            elif is_held(piece, held):
+                tensor[(piece.expert - first, *piece.index[1:])].copy_(self.weight(piece))
+
+    def origin_of(self, held: Held) -> Origin:
+        """What is to be remembered of these parameters, FP8 scales read."""
+        names = {p.name for p in self.pieces if is_held(p, held)}
+        scales = {name: self.origin.scales[name] for name in self.origin.scales if name in names}
+        return replace(self.origin, scales=scales)
+
     def check_copy(self, piece: Piece) -> None:
         """MTP shares embedding and head; a folder that holds other ones beside them loses those, and is told so."""
         original = next(p for p in self.pieces if p.param == piece.param and not p.copy)
@@ -138,7 +157,7 @@ class ReleasedFolder:
             warnings.warn(
                 f"{self.reader.file_of(piece.name)}: {piece.name} differs from {original.name}, which MTP shares; "
                 f"{original.name} is used",
-                stacklevel=3,
+                stacklevel=5,
             )
 
     def _is_fp8(self, piece: Piece) -> bool:
@@ -183,16 +202,28 @@ class ReleasedFolder:
         return cfg.replace(num_nextn_predict_layers=0)
 
 
+def is_held(piece: Piece, held: Held) -> bool:
+    """Whether some of it is among these parameters' rows."""
+    if piece.param not in held:
+        return False
+    tensor, first = held[piece.param]
+    return piece.expert is None or first <= piece.expert < first + len(tensor)
+
+
 def released_entries(
-    cfg: DeepSeekV3Config, stored: Callable[[Piece], Tensor], dtype: str | None, origin: Origin
+    cfg: DeepSeekV3Config,
+    stored: Callable[[Piece], Tensor],
+    dtype: str | None,
+    origin: Origin,
+    wanted: Callable[[Piece], bool] = lambda piece: True,
 ) -> Iterator[Entry]:
-    """Every tensor of the released layout, made when it is written.
+    """Every ``wanted`` tensor of the released layout, made when it is written.
 
     ``stored`` gives a piece as it is held: numbers, or FP8 codes whose scale is in ``origin.scales``. Numbers that have
     a scale there came from FP8: unchanged blocks go back to it.
     """
     for piece in released_layout(cfg):
-        if piece.copy and origin.dtypes and piece.name not in origin.dtypes:
+        if not wanted(piece) or (piece.copy and origin.dtypes and piece.name not in origin.dtypes):
             continue
         target = target_dtype(piece, dtype, origin)
         if target != FP8:

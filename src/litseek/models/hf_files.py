@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ _CODES = {
     torch.float8_e4m3fn: "F8_E4M3",
     torch.int64: "I64",
     torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
@@ -124,11 +126,23 @@ class Entry:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
-def write_shards(folder: Path, entries: Iterable[Entry], shard_size: int, index: bool = True) -> None:
-    """Write ``entries`` as shards of at most ``shard_size`` bytes (one tensor at least), and the index.
+def write_shards(folder: Path, entries: Iterable[Entry], shard_size: int, index: bool = True) -> list[Path]:
+    """Write ``entries`` as shards of at most ``shard_size`` bytes (one tensor at least), and the index; the shards.
 
     Holds one piece of one tensor at a time. The folder must exist; what an error leaves in it is the caller's to remove.
     """
+    shards = plan_shards(entries, shard_size)
+    files = [folder / shard_name(i, len(shards)) for i in range(1, len(shards) + 1)]
+    for file, shard in zip(files, shards):
+        write_shard(file, shard)
+    if index:
+        weight_map = {entry.name: file.name for file, shard in zip(files, shards) for entry in shard}
+        write_index(folder, weight_map, sum(entry.num_bytes for shard in shards for entry in shard))
+    return files
+
+
+def plan_shards(entries: Iterable[Entry], shard_size: int) -> list[list[Entry]]:
+    """``entries`` in their order, cut where the next one would pass ``shard_size`` bytes."""
     shards: list[list[Entry]] = []
     filled = 0
     for entry in entries:
@@ -137,23 +151,32 @@ def write_shards(folder: Path, entries: Iterable[Entry], shard_size: int, index:
             filled = 0
         shards[-1].append(entry)
         filled += entry.num_bytes
-    weight_map: dict[str, str] = {}
-    for i, shard in enumerate(shards, start=1):
-        file = f"model-{i:05d}-of-{len(shards):06d}.safetensors"
-        _write_shard(folder / file, shard)
-        weight_map |= {entry.name: file for entry in shard}
-    total = sum(entry.num_bytes for shard in shards for entry in shard)
-    content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    if index:
-        write_json(folder / INDEX, content)
+    return shards
 
 
-def _write_shard(path: Path, shard: list[Entry]) -> None:
-    """One safetensors file: length of the header (8 bytes, little-endian), JSON header, tensors without gaps."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+def shard_name(number: int, count: int) -> str:
+    """The release's own names; ``number`` counts from 1."""
+    return f"model-{number:05d}-of-{count:06d}.safetensors"
+
+
+def write_index(folder: Path, weight_map: Mapping[str, str], num_bytes: int) -> None:
+    """Which file holds each tensor."""
+    write_json(folder / INDEX, {"metadata": {"total_size": num_bytes}, "weight_map": dict(sorted(weight_map.items()))})
+
+
+def write_shard(path: Path, shard: list[Entry], about: Mapping[str, str] | None = None) -> None:
+    """One safetensors file: length of the header (8 bytes, little-endian), JSON header, tensors without gaps.
+
+    ``about`` goes into the header. Errors: TypeError for a dtype that such files do not have; OSError of the disk.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(about or {})}}
     offset = 0
     # Wide dtypes lie first, which keeps every tensor aligned to its own width; they are made in the order given.
     for entry in sorted(shard, key=lambda entry: -entry.dtype.itemsize):
+        if entry.dtype not in _CODES:
+            raise TypeError(
+                f"{path} cannot hold {entry.name} of {entry.dtype}: allowed are {', '.join(map(str, _CODES))}."
+            )
         span = [offset, offset + entry.num_bytes]
         header[entry.name] = {"dtype": _CODES[entry.dtype], "shape": list(entry.shape), "data_offsets": span}
         offset = span[1]

@@ -74,6 +74,27 @@ def released_layout(cfg: DeepSeekV3Config, copies: bool = True) -> Iterator[Piec
             yield Piece(f"{theirs}.shared_head.head.weight", "lm_head.weight", vocab, copy=True)
 
 
+def parameter_shapes(cfg: DeepSeekV3Config) -> dict[str, tuple[int, ...]]:
+    """Our tensors' names and shapes, put together from the released layout's pieces."""
+    shapes = {}
+    for param, pieces in by_parameter(cfg).items():
+        last = pieces[-1]
+        if last.expert is None:
+            shapes[param] = last.shape
+        else:
+            rows = last.rows[1] if last.rows else last.shape[0]
+            shapes[param] = (last.expert + 1, rows, last.shape[1])
+    return shapes
+
+
+def by_parameter(cfg: DeepSeekV3Config) -> dict[str, list[Piece]]:
+    """Our parameters' names, each with the released tensors that it is made of."""
+    grouped: dict[str, list[Piece]] = {}
+    for piece in released_layout(cfg, copies=False):
+        grouped.setdefault(piece.param, []).append(piece)
+    return grouped
+
+
 def _block(cfg: DeepSeekV3Config, theirs: str, ours: str, moe: bool) -> Iterator[Piece]:
     d, heads = cfg.hidden_size, cfg.num_attention_heads
 

@@ -126,10 +126,11 @@ class Transformer(nn.Module):
         return self.norm(x)
 
     def balance_routers(self) -> dict[str, Router]:
-        """Phase name -> the router whose load that phase reports, MTP's included."""
+        """Phase name -> the router whose load that phase reports, MTP's included; those that are on this rank."""
         blocks = {f"layers.{i}": block for i, block in enumerate(self._blocks())}
         blocks |= {f"mtp.{k}": mtp.block for k, mtp in enumerate(self._depths())}
-        return {f"{name}.attend": b.mlp.gate for name, b in blocks.items() if isinstance(b.mlp, MoE)}
+        routers = {f"{name}.attend": b.mlp.gate for name, b in blocks.items() if isinstance(b.mlp, MoE)}
+        return {name: router for name, router in routers.items() if router.e_score_correction_bias is not None}
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
@@ -146,6 +147,8 @@ class Transformer(nn.Module):
 
     def _product_weights(self) -> Iterator[tuple[nn.Parameter, str]]:
         for module in self.modules():
+            if next(iter(module._parameters.values()), None) is None:
+                continue  # nothing of its own, or on another rank
             if isinstance(module, Linear):
                 yield module.weight, module.role
             elif isinstance(module, Experts):

@@ -135,6 +135,9 @@ class AdamWConfig:
     norm that the trainer clips to. Without a ``schedule`` the rate is constant. Raises ValueError naming the key.
     """
 
+    by_element = True
+    """A parameter's rows can be stepped apart: what ZeRO-1 asks."""
+
     def __init__(
         self,
         lr: float = 2.2e-4,

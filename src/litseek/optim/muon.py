@@ -107,6 +107,8 @@ class MuonConfig(AdamWConfig):
     joined gate and up projections count as one matrix.
     """
 
+    by_element = False
+
     def __init__(
         self,
         lr: float = 3e-3,

@@ -10,15 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from litseek.errors import LitseekError
 from litseek.models.config import DeepSeekV3Config
 from litseek.models.hf import load_pretrained
 from litseek.models.hf_config import config_from_json, read_json
 from litseek.models.hf_files import INDEX
+from litseek.models.hf_layout import parameter_shapes
 from litseek.models.transformer import Transformer, build
 from litseek.parallel import storage
+from litseek.parallel.agree import Group, every
+from litseek.parallel.pieces import Piece, Stored
+from litseek.parallel.released import load_released
 
 STAGES = ("pretrain", "context_32k", "context_128k", "sft", "grpo")
 """The lineage's order, in which a run's last finished stage is looked for."""
@@ -107,12 +110,21 @@ def load_weights(target: Any, ref: CheckpointRef) -> None:
     if not isinstance(target, Transformer):
         target.start_from(ref)
         return
-    check_same_model(target.cfg, ref)
+    fill(target.cfg, {name: Piece.whole(tensor) for name, tensor in target.state_dict().items()}, ref)
+
+
+def fill(cfg: DeepSeekV3Config, parameters: Mapping[str, Piece], ref: CheckpointRef, group: Group = None) -> None:
+    """Weights into ``parameters`` (global name -> what this rank holds of it), of which a model ``cfg`` may lack some.
+
+    Of the files a rank reads its own rows only; the ranks of ``group`` check them together. Errors as `load_weights`, on
+    every rank the same.
+    """
+    check_same_model(cfg, ref)
     if ref.released:
-        weights: Mapping[str, Tensor] = load_pretrained(ref.path).state_dict()
-    else:
-        weights = storage.load(ref.path, prefix="state_dict/")["state_dict"]
-    _fill(target, weights, ref)
+        load_released(ref.path, parameters, group)
+        return
+    storage.verify(ref.path, group)
+    every(lambda: _fill(cfg, parameters, ref), group)
 
 
 def load_model(ref: CheckpointRef, precision: Any = None) -> Transformer:
@@ -140,21 +152,21 @@ def check_same_model(cfg: DeepSeekV3Config, ref: CheckpointRef) -> None:
 
 
 @torch.no_grad()
-def _fill(model: Transformer, weights: Mapping[str, Tensor], ref: CheckpointRef) -> None:
-    own = model.state_dict()
-    for name, tensor in own.items():
-        if name not in weights:
+def _fill(cfg: DeepSeekV3Config, parameters: Mapping[str, Piece], ref: CheckpointRef) -> None:
+    stored, prefix = Stored(ref.path), "state_dict/"
+    names = {name.removeprefix(prefix) for name in stored.names() if name.startswith(prefix)}
+    for name, piece in parameters.items():
+        if name not in names:
             raise LitseekError(f"{ref.path}: the checkpoint has no '{name}', which the model needs.")
-        if weights[name].shape != tensor.shape:
-            raise LitseekError(
-                f"{ref.path}: '{name}' has shape {tuple(weights[name].shape)}, the model wants {tuple(tensor.shape)}."
-            )
+        found = stored.shape(prefix + name)
+        if found != tuple(piece.shape):
+            raise LitseekError(f"{ref.path}: '{name}' has shape {found}, the model wants {tuple(piece.shape)}.")
     # MTP depths that the configuration leaves out are the only weights a model may ignore
-    extra = [n for n in weights if n not in own and not n.startswith("mtp.")]
+    extra = {n for n in names - set(parameters) - set(parameter_shapes(cfg)) if not n.startswith("mtp.")}
     if extra:
-        raise LitseekError(f"{ref.path}: the checkpoint has '{extra[0]}', which the model has no place for.")
-    for name, tensor in own.items():
-        tensor.copy_(weights[name])
+        raise LitseekError(f"{ref.path}: the checkpoint has '{min(extra)}', which the model has no place for.")
+    for name, piece in parameters.items():  # one at a time: weights are not held twice
+        piece.tensor.copy_(stored.read({prefix + name: piece.rows})[prefix + name])
 
 
 def _own(folder: Path) -> CheckpointRef:

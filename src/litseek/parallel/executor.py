@@ -1,43 +1,57 @@
 """Runs the phases of a model forward and backward, one autograd segment a phase (report §3.2).
 
 A segment sees detached inputs, so that its backward can run on its own: later than the next block's forward, twice the
-forward when it recomputes, or on the rank that owns it. Which segment runs when is a list of actions; one process with
-one chunk is the shortest such list.
+forward when it recomputes, or on the rank that owns it. Which segment runs when is a list of instructions (see
+`litseek.parallel.schedule`); one process with one stage is the shortest such list.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from litseek import deferral
 from litseek.data.batch import MicroBatch
+from litseek.parallel.schedule import (
+    Action,
+    Compute,
+    Instruction,
+    Part,
+    Recv,
+    Send,
+    Transfer,
+    make_forward,
+    make_schedule,
+    program,
+)
+from litseek.parallel.segment import Phase, Segment, State
 
-State = dict[str, Any]
 HeadLoss = Callable[[State, MicroBatch], tuple[Tensor, dict[str, Tensor]]]
+BETWEEN = "x"
+"""What one stage hands to the next: the residual stream (B, S, D). The model is cut nowhere else."""
+EXCHANGE = ("dispatch", "combine")
+"""Last parts of the names of phases that talk to other ranks."""
 
 
-class Phase(Protocol):
-    """What the executor needs of a phase: a name and `state, micro -> state`."""
+class Transport(Protocol):
+    """Moves tensors between this rank's stages and others'."""
 
-    @property
-    def name(self) -> str: ...
+    def send(self, transfer: Transfer, value: Tensor) -> None: ...
 
-    def __call__(self, state: State, micro: MicroBatch) -> State: ...
+    def expect(self, transfer: Transfer, micro: MicroBatch) -> None:
+        """Post the receive."""
 
+    def arrived(self, transfer: Transfer) -> Tensor:
+        """What was expected, once it is there (on a GPU: in the order of its work)."""
 
-class Action(NamedTuple):
-    """F runs a chunk forward for a micro-batch, B runs it backward."""
-
-    kind: Literal["F", "B"]
-    chunk: int
-    micro: int
+    def finish(self) -> None:
+        """Nothing that was sent is still needed here."""
 
 
 @dataclass
@@ -55,30 +69,73 @@ class StepResult:
     grad_norm: Tensor | None = None
 
 
-def one_after_another(chunks: int, micros: int) -> list[Action]:
-    """Each micro-batch forward through all chunks and back: one micro-batch's activations at a time."""
-    actions = []
+def one_after_another(stages: int, micros: int) -> list[Instruction]:
+    """Each micro-batch forward through all stages and back: one micro-batch's activations at a time."""
+    steps: list[Part] = []
     for m in range(micros):
-        actions += [Action("F", c, m) for c in range(chunks)]
-        actions += [Action("B", c, m) for c in reversed(range(chunks))]
-    return actions
+        steps += [Part("F", s, m) for s in range(stages)]
+        steps += [Part("B", s, m) for s in reversed(range(stages))]
+    return [Compute(Action((part,))) for part in steps]
+
+
+def side_by_side(micros: int) -> list[Instruction]:
+    """One stage; each micro-batch's backward runs beside the next one's forward, two micro-batches' activations at a time."""
+    pairs = [(Part("F", 0, m), Part("B", 0, m - 1)) for m in range(1, micros)]
+    actions = [(Part("F", 0, 0),), *pairs, (Part("B", 0, micros - 1),)]
+    return [Compute(Action(parts)) for parts in actions]
+
+
+class Pipeline:
+    """One rank's place in a pipeline: which instructions it runs for so many micro-batches."""
+
+    def __init__(self, kind: str, ranks: int, rank: int, transport: Transport) -> None:
+        self.kind, self.ranks, self.rank, self.transport = kind, ranks, rank, transport
+        self.steps = lru_cache(self._steps)
+        self.forward_steps = lru_cache(self._forward_steps)
+
+    def _steps(self, micros: int) -> tuple[Instruction, ...]:
+        return program(make_schedule(self.kind, self.ranks, micros))[self.rank]
+
+    def _forward_steps(self, micros: int) -> tuple[Instruction, ...]:
+        return program(make_forward(self.kind, self.ranks, micros))[self.rank]
 
 
 class Executor:
-    """Forward and backward of a flat list of phases, cut into chunks.
+    """Forward and backward of a flat list of phases, all in one process, cut into ``chunks`` stages.
 
-    ``recompute`` says by phase name which phases keep only their inputs and run again in backward.
-    Gradients accumulate in ``param.grad``; the caller clears them.
+    ``recompute`` says by phase name which phases keep only their inputs and run again in backward. ``beside`` lets one
+    micro-batch's forward run beside the last one's backward. Gradients accumulate in ``param.grad``; the caller clears them.
     """
 
+    pipeline: Pipeline | None = None
+
     def __init__(
-        self, phases: Sequence[Phase], chunks: int = 1, recompute: Callable[[str], bool] | None = None
+        self,
+        phases: Sequence[Phase],
+        chunks: int = 1,
+        recompute: Callable[[str], bool] | None = None,
+        beside: bool = False,
     ) -> None:
         if not 1 <= chunks <= len(phases):
             raise ValueError(f"strategy.chunks={chunks} must lie between 1 and the model's {len(phases)} phases.")
         edges = [round(i * len(phases) / chunks) for i in range(chunks + 1)]
-        self.chunks = [list(phases[a:b]) for a, b in pairwise(edges)]
+        self.stages = {i: list(phases[a:b]) for i, (a, b) in enumerate(pairwise(edges))}
+        self.num_stages, self.beside = chunks, beside
         self.recompute = recompute or (lambda name: False)
+
+    @classmethod
+    def staged(
+        cls,
+        stages: Mapping[int, Sequence[Phase]],
+        num_stages: int,
+        recompute: Callable[[str], bool] | None,
+        pipeline: Pipeline,
+    ) -> Executor:
+        """The stages of one rank of a pipeline: number -> phases; the last of ``num_stages`` has the head."""
+        made = cls([phase for stage in stages.values() for phase in stage], 1, recompute)
+        made.stages = {number: list(phases) for number, phases in stages.items()}
+        made.num_stages, made.pipeline = num_stages, pipeline
+        return made
 
     def forward_backward(
         self,
@@ -86,100 +143,191 @@ class Executor:
         head_loss: HeadLoss,
         *,
         total_targets: float | None = None,
-        actions: Iterable[Action] | None = None,
+        instructions: Sequence[Instruction] | None = None,
     ) -> StepResult:
-        """Loss of the batch and its gradients.
+        """Loss of the batch and its gradients: this rank's share of both, where stages lie elsewhere.
 
         ``head_loss(state, micro)`` gives the micro-batch's mean loss; it counts with ``micro.targets / total_targets``
-        (default: the sum over ``micros``). Auxiliary losses count with one over the number of micro-batches.
+        (default: the sum over ``micros``). Auxiliary losses count with one over the number of micro-batches. Micro-batches
+        that are ``blank`` run along and count nowhere.
         """
         if not micros:
             raise ValueError("A step needs at least one micro-batch.")
         if total_targets is None:
             total_targets = sum(micro.targets for micro in micros)
-        weights = [micro.targets / total_targets if total_targets > 0 else 0.0 for micro in micros]
-        run = _Run(self, micros, head_loss, weights)
-        for action in actions if actions is not None else one_after_another(len(self.chunks), len(micros)):
-            if action.kind == "F":
-                run.forward(action.chunk, action.micro)
-            else:
-                run.backward(action.chunk, action.micro)
-        assert not run.stash, f"actions left forwards without a backward: {sorted(run.stash)}"
+        if instructions is None:
+            instructions = self._instructions(len(micros))
+        run = _Run(self, micros, head_loss, total_targets)
+        splits = any(isinstance(i, Compute) and i.action.parts[0].op == "W" for i in instructions)
+        with deferral.splitting(splits):
+            for instruction in instructions:
+                run.follow(instruction)
+        assert not run.stash and not run.put_off, f"left without a backward: {[*run.stash, *run.put_off]}"
+        if self.pipeline is not None:
+            self.pipeline.transport.finish()
         return run.result()
+
+    def _instructions(self, micros: int) -> Sequence[Instruction]:
+        if self.pipeline is not None:
+            return self.pipeline.steps(micros)
+        if self.beside and self.num_stages == 1:
+            return side_by_side(micros)
+        return one_after_another(self.num_stages, micros)
 
     @torch.no_grad()
     def forward(
         self, micros: Sequence[MicroBatch], head: Callable[[State, MicroBatch], Any], until: str | None = None
     ) -> list[Any]:
-        """`head(state, micro)` of each micro-batch, without gradients: validation and scoring.
+        """`head(state, micro)` of each micro-batch, without gradients: validation and scoring. None for a micro-batch
+        whose last stage lies elsewhere.
 
         ``until`` names the last phase to run; "norm" leaves the MTP depths out.
         """
-        phases = [phase for chunk in self.chunks for phase in chunk]
-        if until is not None:
-            phases = phases[: [phase.name for phase in phases].index(until) + 1]
-        answers = []
-        for micro in micros:
-            state: State = {}
-            for phase in phases:
-                state = phase(state, micro)
+        answers: list[Any] = [None] * len(micros)
+        states: dict[tuple[int, int], State] = {}
+        ends = [number for number, phases in self.stages.items() if any(phase.name == until for phase in phases)]
+        last = ends[0] if ends else self.num_stages - 1
+        steps: Sequence[Instruction] = one_after_another(last + 1, len(micros))
+        if self.pipeline is not None:
+            steps = self.pipeline.forward_steps(len(micros))
+        for step in steps:
+            if not isinstance(step, Compute):
+                self._forward_transfer(step, states, micros)
+                continue
+            op, stage, m = step.action.parts[0]
+            if op != "F":
+                continue
+            state = self.received(states.pop((stage, m))) if stage else {}
+            for phase in self.stages[stage]:
+                state = phase(state, micros[m])
                 state.pop("aux", None)
                 state.pop("load", None)
-            answers.append(head(state, micro))
+                if phase.name == until:
+                    break
+            if stage == last:
+                answers[m] = head(state, micros[m])
+            else:
+                states[stage + 1, m] = state
+        if self.pipeline is not None:
+            self.pipeline.transport.finish()
         return answers
+
+    def _forward_transfer(self, step: Send | Recv, states: dict[Any, State], micros: Sequence[MicroBatch]) -> None:
+        assert self.pipeline is not None
+        transfer = step.transfer
+        if isinstance(step, Send):
+            self.pipeline.transport.send(transfer, states.pop((transfer.stage + 1, transfer.micro))[BETWEEN])
+        else:
+            self.pipeline.transport.expect(transfer, micros[transfer.micro])
+            states[transfer.stage + 1, transfer.micro] = {"expected": transfer}
+
+    def received(self, state: State) -> State:
+        """The state itself, or what another rank sent in its place."""
+        if "expected" in state:
+            assert self.pipeline is not None
+            return {BETWEEN: self.pipeline.transport.arrived(state["expected"])}
+        return state
 
 
 class _Run:
     """The stash and the sums of one `forward_backward`."""
 
     def __init__(
-        self, executor: Executor, micros: Sequence[MicroBatch], head_loss: HeadLoss, weights: list[float]
+        self, executor: Executor, micros: Sequence[MicroBatch], head_loss: HeadLoss, total_targets: float
     ) -> None:
-        self.executor, self.micros, self.head_loss, self.weights = executor, micros, head_loss, weights
-        self.stash: dict[tuple[int, int], list[_Segment]] = {}
+        self.executor, self.micros, self.head_loss = executor, micros, head_loss
+        self.weights = [micro.targets / total_targets if total_targets > 0 else 0.0 for micro in micros]
+        counted = sum(not micro.blank for micro in micros)
+        self.aux_weights = [0.0 if micro.blank else 1 / counted for micro in micros]
+        self.stash: dict[tuple[int, int], list[Segment]] = {}
+        self.put_off: dict[tuple[int, int], list[deferral.Work]] = {}
         self.states: dict[tuple[int, int], State] = {}
-        self.grads: dict[tuple[int, int], dict[str, Tensor]] = {}
+        self.grads: dict[tuple[int, int], State] = {}
         self.loss: Tensor | None = None
         self.aux: Tensor | None = None
         self.metrics: dict[str, Tensor] = {}
         self.loads: dict[str, Tensor] = {}
 
-    def forward(self, chunk: int, m: int) -> None:
+    def follow(self, instruction: Instruction) -> None:
+        if isinstance(instruction, Compute):
+            parts = [self._part(part) for part in instruction.action.parts]
+            if len(parts) == 2:
+                interleave(*parts)
+            else:
+                for _ in parts[0]:
+                    pass
+            return
+        assert self.executor.pipeline is not None
+        transport, transfer = self.executor.pipeline.transport, instruction.transfer
+        forward = transfer.kind == "F"
+        place = (transfer.stage + (1 if forward else -1), transfer.micro)
+        kept = self.states if forward else self.grads
+        if isinstance(instruction, Recv):
+            transport.expect(transfer, self.micros[transfer.micro])
+            kept[place] = {"expected": transfer}
+        else:
+            transport.send(transfer, kept.pop(place)[BETWEEN])
+
+    def _part(self, part: Part) -> Generator[bool, None, None]:
+        if part.op == "F":
+            return self._forward(part.stage, part.micro)
+        if part.op == "W":
+            return self._weights(part.stage, part.micro)
+        return self._backward(part.stage, part.micro, part.op == "I")
+
+    def _forward(self, stage: int, m: int) -> Generator[bool, None, None]:
+        """Phase by phase; before each it yields whether that phase talks to other ranks."""
         micro = self.micros[m]
-        state = self.states.pop((chunk, m)) if chunk else {}
-        segments = []
-        for phase in self.executor.chunks[chunk]:
-            segment = _Segment(phase, micro, 1 / len(self.micros), self.executor.recompute(phase.name))
+        state = self.executor.received(self.states.pop((stage, m))) if stage else {}
+        segments = self.stash[stage, m] = []
+        for phase in self.executor.stages[stage]:
+            yield talks(phase.name)
+            segment = Segment(phase, micro, self.aux_weights[m], self.executor.recompute(phase.name))
             state = segment.forward(state)
-            self._count(phase.name, segment)
+            self._count(phase.name, m, segment)
             segments.append(segment)
-        if chunk == len(self.executor.chunks) - 1:
-            head = _Segment(self._head(m), micro, self.weights[m], recompute=False)
+        if stage == self.executor.num_stages - 1:
+            head = Segment(self._head(m), micro, self.weights[m], recompute=False)
             head.forward(state)
             assert head.aux is not None
             self.loss = _plus(self.loss, head.aux * self.weights[m])
             segments.append(head)
         else:
-            self.states[chunk + 1, m] = state
-        self.stash[chunk, m] = segments
+            self.states[stage + 1, m] = state
 
-    def backward(self, chunk: int, m: int) -> None:
-        grads = self.grads.pop((chunk, m), {})
-        segments = self.stash.pop((chunk, m))
+    def _backward(self, stage: int, m: int, inputs_only: bool) -> Generator[bool, None, None]:
+        grads: State = {}
+        if stage < self.executor.num_stages - 1:
+            grads = self.executor.received(self.grads.pop((stage, m)))
+        segments = self.stash.pop((stage, m))
+        later = self.put_off.setdefault((stage, m), []) if inputs_only else None
         while segments:
-            grads = segments.pop().backward(grads)
-        if chunk:
-            self.grads[chunk - 1, m] = grads
+            segment = segments.pop()
+            yield talks(segment.phase.name)
+            if later is None:
+                grads = segment.backward(grads)
+            else:
+                with deferral.deferring(later):
+                    grads = segment.backward(grads)
+        if stage:
+            self.grads[stage - 1, m] = grads
+
+    def _weights(self, stage: int, m: int) -> Generator[bool, None, None]:
+        yield False
+        deferral.run(self.put_off.pop((stage, m)))
 
     def result(self) -> StepResult:
-        assert self.loss is not None
         metrics = dict(self.metrics)
         if self.aux is not None:
             metrics["loss/balance"] = self.aux
-        return StepResult(_plus(self.aux, self.loss), metrics, self.loads)
+        parts = [value for value in (self.aux, self.loss) if value is not None]
+        total = sum(parts[1:], parts[0]) if parts else torch.zeros((), device=self.micros[0].tokens.device)
+        return StepResult(total, metrics, self.loads)
 
     def _head(self, m: int) -> Phase:
         def head(state: State, micro: MicroBatch) -> State:
+            if micro.blank:  # whatever the stage's loss makes of no targets: a zero that every gradient comes from
+                return {"aux": sum(v.sum() for v in state.values() if isinstance(v, Tensor) and v.requires_grad) * 0.0}
             loss, metrics = self.head_loss(state, micro)
             for name, value in metrics.items():
                 self.metrics[name] = _plus(self.metrics.get(name), torch.as_tensor(value).detach() * self.weights[m])
@@ -188,110 +336,33 @@ class _Run:
         head.name = "head"  # type: ignore[attr-defined]
         return head  # type: ignore[return-value]
 
-    def _count(self, name: str, segment: _Segment) -> None:
+    def _count(self, name: str, m: int, segment: Segment) -> None:
         if segment.aux is not None:
-            self.aux = _plus(self.aux, segment.aux / len(self.micros))
-        if segment.load is not None:
+            self.aux = _plus(self.aux, segment.aux * self.aux_weights[m])
+        if segment.load is not None and not self.micros[m].blank:
             self.loads[name] = _plus(self.loads.get(name), segment.load)
 
 
-class _Segment:
-    """One phase on one micro-batch: the edges of its autograd graph, its inputs only if it recomputes, its backward.
+def talks(name: str) -> bool:
+    return name.rpartition(".")[2] in EXCHANGE
 
-    Inputs enter through `_Entry` and outputs are kept as edges, so that a tensor between two phases lives exactly as
-    long as an operation needs it for backward.
+
+def interleave(forward: Generator[bool, None, None], backward: Generator[bool, None, None]) -> None:
+    """Two parts phase by phase: each side's exchanges are started just before a computation of the other side.
+
+    So backward's combine runs under forward's attend, forward's dispatch under backward's experts, and so on (report
+    figure 4).
     """
-
-    def __init__(self, phase: Phase, micro: MicroBatch, aux_weight: float, recompute: bool) -> None:
-        self.phase, self.micro, self.aux_weight, self.recompute = phase, micro, aux_weight, recompute
-        self.aux: Tensor | None = None
-        self.load: Tensor | None = None
-        self.grads: dict[str, Tensor] = {}
-        self.roots: dict[str, GradientEdge] = {}
-
-    def forward(self, state: State) -> State:
-        if self.recompute:
-            self.inputs, self.random = state, _random_state()
-        with torch.set_grad_enabled(not self.recompute):
-            outputs = self._run(state)
-        self.load = outputs.pop("load", None)
-        self.aux = outputs["aux"].detach() if "aux" in outputs else None
-        if not self.recompute:
-            self.roots = _edges(outputs)
-        return {k: v.detach() if isinstance(v, Tensor) else v for k, v in outputs.items() if k != "aux"}
-
-    def backward(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Gradients of the inputs from those of the outputs; parameters accumulate on the way."""
-        roots = self._again() if self.recompute else self.roots
-        seeds = dict(grads)
-        if "aux" in roots:
-            assert self.aux is not None
-            seeds["aux"] = torch.full_like(self.aux, self.aux_weight)
-        reached = [key for key in roots if seeds.get(key) is not None]
-        if reached:
-            torch.autograd.backward([roots[key] for key in reached], [seeds[key] for key in reached])
-        found, self.grads, self.roots, self.inputs = self.grads, {}, {}, {}
-        return found
-
-    def _run(self, state: State) -> State:
-        if torch.is_grad_enabled():
-            floating = [key for key, value in state.items() if isinstance(value, Tensor) and value.is_floating_point()]
-            token = torch.zeros((), requires_grad=True)
-            entered = _Entry.apply(self.grads, floating, token, *(state[key] for key in floating))
-            state = {**state, **dict(zip(floating, entered or ()))}
-        return dict(self.phase(dict(state), self.micro))
-
-    def _again(self) -> dict[str, GradientEdge]:
-        with _random_restored(self.random), torch.enable_grad():
-            outputs = self._run(self.inputs)
-        outputs.pop("load", None)  # counted on the first forward
-        return _edges(outputs)
-
-
-class _Entry(torch.autograd.Function):
-    """Where a segment's graph begins: hands its inputs in, and leaves their gradients in a dictionary.
-
-    Unlike leaves it keeps no input alive. ``token`` requires a gradient, so that the outputs do.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, grads: dict[str, Tensor], keys: list[str], token: Tensor, *values: Tensor) -> Any:
-        ctx.set_materialize_grads(False)
-        ctx.grads, ctx.keys = grads, keys
-        return tuple(value.view_as(value) for value in values)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, ...]:
-        ctx.grads.update((key, grad) for key, grad in zip(ctx.keys, grads) if grad is not None)
-        return (None,) * (len(grads) + 3)
-
-
-def _edges(outputs: State) -> dict[str, GradientEdge]:
-    tensors = {key: value for key, value in outputs.items() if isinstance(value, Tensor) and value.requires_grad}
-    return {key: get_gradient_edge(value) for key, value in tensors.items()}
+    sides = [backward, forward]
+    coming = [next(side, None) for side in sides]  # True: an exchange, False: a computation, None: nothing more
+    here, there = 0, 1
+    while coming != [None, None]:
+        while coming[here]:
+            coming[here] = next(sides[here], None)
+        if coming[there] is False or coming[here] is None:
+            coming[there] = next(sides[there], None)
+        here, there = there, here
 
 
 def _plus(total: Tensor | None, value: Tensor) -> Tensor:
     return value if total is None else total + value
-
-
-def _random_state() -> tuple[Tensor, Tensor | None]:
-    return torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-
-
-@contextmanager
-def _random_restored(state: tuple[Tensor, Tensor | None]):
-    """The generators as they were at the first forward, and afterwards as if nothing had been drawn again."""
-    cpu, cuda = state
-    now = _random_state()
-    try:
-        _set_random(cpu, cuda)
-        yield
-    finally:
-        _set_random(*now)
-
-
-def _set_random(cpu: Tensor, cuda: Tensor | None) -> None:
-    torch.set_rng_state(cpu)
-    if cuda is not None:
-        torch.cuda.set_rng_state(cuda)

@@ -1,33 +1,31 @@
 """Checkpoints: torch.distributed.checkpoint in safetensors files, global names, everything else as JSON.
 
-A checkpoint is a folder: `model-*.safetensors` (all tensors), `state.json` (numbers, names and the tree the tensors hang
-in), `config.json` (the model), `tokenizer.json`, and `manifest.json` with every file's size and sha256. Neither writing
-nor reading touches pickle: torch.distributed.checkpoint's own metadata file would be one, its safetensors storage is not.
+A checkpoint is a folder: `*.safetensors` (all tensors, each written by a rank that holds it), `state.json` (numbers,
+names and the tree the tensors hang in), `config.json` (the model), `tokenizer.json`, and `manifest.json` with every
+file's size and sha256. Neither writing nor reading touches pickle: torch.distributed.checkpoint's own metadata file
+would be one, its safetensors storage is not. What one number of ranks saved, any other loads.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import random
 import shutil
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from litseek.errors import LitseekError
-from litseek.parallel.tree import flatten, unflatten
+from litseek.parallel.agree import Group, every, first, gather, rank_in, size_of
+from litseek.parallel.pieces import Piece, Rows, Stored, save_pieces
+from litseek.parallel.tree import flatten, unflatten, unite
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -36,48 +34,91 @@ TOKENIZER = "tokenizer.json"
 LAST = "last"
 """File beside the checkpoints that holds the name of the newest finished one."""
 FORMAT = 1
-SHARD = 2**30
-"""Bytes of tensors in one file."""
 
 
 def save(
-    folder: Path, state: Mapping[str, Any], config: Mapping[str, Any] | None = None, tokenizer: str | None = None
+    folder: Path,
+    state: Mapping[str, Any],
+    config: Mapping[str, Any] | None = None,
+    tokenizer: str | None = None,
+    keep: int = 0,
+    group: Group = None,
 ) -> None:
-    """Write ``state`` (nested; tensors, numbers, text) as the checkpoint ``folder``, all of it or nothing.
+    """Write ``state`` (nested; tensors, pieces of tensors, numbers, text) as the checkpoint ``folder``, all or nothing.
 
-    ``config`` is the model's, ``tokenizer`` the text of its tokenizer.json. Errors: LitseekError naming the folder when
-    the disk refuses; an earlier checkpoint of the same name stays as it was.
+    All ranks of ``group`` call it together, each with what it holds: its pieces, and the keys that only it has. Of what
+    several have the lowest rank's is taken. ``config`` is the model's, ``tokenizer`` the text of its tokenizer.json,
+    ``keep`` how many of the newest `step-*` stay beside it (0: all). Errors, on every rank the same: LitseekError
+    naming the folder when a disk refuses; an earlier checkpoint of the same name stays as it was.
     """
-    tensors, tree = flatten(state)
-    write(folder, tree, lambda partial: _save_tensors(partial, tensors), config, tokenizer, point=True)
+    write_prepared(folder, *prepare(state, group), config, tokenizer, keep, group)
+
+
+def prepare(state: Mapping[str, Any], group: Group = None) -> tuple[dict[str, Piece], dict[str, Any]]:
+    """`save`'s first half: (path -> this rank's piece, the tree of all ranks on the first one).
+
+    Errors, on every rank: TypeError naming the path of a value that cannot be stored.
+    """
+    taken: dict[str, Tensor | Piece] = {}
+
+    def tree() -> dict[str, Any]:
+        tensors, tree = flatten(state)
+        taken.update(tensors)
+        return tree
+
+    trees = gather(tree, group)
+    united: dict[str, Any] = every(lambda: reduce(unite, trees) if trees else {}, group)
+    return {name: t if isinstance(t, Piece) else Piece.whole(t.detach()) for name, t in taken.items()}, united
+
+
+def write_prepared(
+    folder: Path,
+    pieces: Mapping[str, Piece],
+    tree: Mapping[str, Any],
+    config: Mapping[str, Any] | None = None,
+    tokenizer: str | None = None,
+    keep: int = 0,
+    group: Group = None,
+) -> None:
+    """`save`'s second half."""
+    write(folder, tree, lambda partial: _save_tensors(partial, pieces, group), config, tokenizer, True, keep, group)
 
 
 def write(
     folder: Path,
     tree: Mapping[str, Any],
-    save_tensors: Callable[[Path], None],
+    save_tensors: Callable[[Path], list[Path]],
     config: Mapping[str, Any] | None = None,
     tokenizer: str | None = None,
     point: bool = False,
+    keep: int = 0,
+    group: Group = None,
 ) -> None:
-    """`save` for a state that was flattened already; ``save_tensors`` puts its tensors, as safetensors, into a folder.
+    """`save` for a state that was flattened already; ``save_tensors`` puts this rank's tensors, as safetensors, into a
+    folder and returns the files.
 
     ``point``: whether the folder above shall name this checkpoint as its newest.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.parent / f".{folder.name}.partial"
-    _clear(folder)
-    try:
+
+    def begin() -> None:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _clear(folder)
         partial.mkdir()
-        save_tensors(partial)
+
+    def own_files() -> dict[str, list[Any]]:
+        return {path.name: _finished(path) for path in save_tensors(partial)}
+
+    def finish(written: Mapping[str, list[Any]]) -> None:
         _write(partial / STATE, json.dumps(tree))
         if config is not None:
             _write(partial / CONFIG, json.dumps(config, indent=2))
         if tokenizer is not None:
             _write(partial / TOKENIZER, tokenizer)
-        files = {path.name: _fingerprint(path) for path in sorted(partial.iterdir())}
+        rest = {path.name: _finished(path) for path in partial.iterdir() if path.name not in written}
+        files = dict(sorted({**written, **rest}.items()))
         _write(partial / MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=2))
-        for path in (*partial.iterdir(), partial):
+        for path in (partial / MANIFEST, partial):
             _sync(path)
         if folder.exists():
             folder.rename(_aside(folder))
@@ -85,41 +126,61 @@ def write(
         if point:
             _point(folder)
         _clear(folder)
-    except (Exception, CheckpointException) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        cause = _os_error(error)
-        if cause is None:
+        if keep:
+            keep_newest(folder.parent, keep)
+
+    try:
+        first(begin, group)
+        files = gather(own_files, group)
+        first(lambda: finish({name: mark for own in files for name, mark in own.items()}), group)
+    except Exception as error:
+        # all ranks have left the step that failed: nobody writes any more
+        if rank_in(group) == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        if not isinstance(error, OSError):
             raise
         raise LitseekError(
-            f"{folder}: the checkpoint could not be written ({cause.strerror or cause}); earlier checkpoints are unharmed."
+            f"{folder}: the checkpoint could not be written ({error.strerror or error}); earlier checkpoints are unharmed."
         ) from error
 
 
-def load(folder: Path, prefix: str = "") -> dict[str, Any]:
+Wanted = Callable[[str, tuple[int, ...]], Rows | None]
+"""(path, shape of the whole tensor) -> the rows that a rank wants of it, or None."""
+
+
+def load(folder: Path, prefix: str = "", wanted: Wanted | None = None, group: Group = None) -> dict[str, Any]:
     """The state that `save` was given, every file checked first; with ``prefix`` only that branch (say "state_dict/").
 
-    Errors: LitseekError naming the file that is missing, truncated or damaged.
+    ``wanted`` chooses the rows of each tensor that this rank gets; tensors of which it wants none are left out. The
+    ranks of ``group``, any number whatever number saved, share the checking of files. Errors, on every rank the same:
+    LitseekError naming the file that is missing, truncated or damaged.
     """
-    verify(folder)
+    verify(folder, group)
+    return every(lambda: _loaded(folder, prefix, wanted), group)
+
+
+def _loaded(folder: Path, prefix: str, wanted: Wanted | None) -> dict[str, Any]:
+    stored, rows = Stored(folder), {}
+    for name in stored.names():
+        if name.startswith(prefix):
+            shape = stored.shape(name)
+            found = (0, shape[0] if shape else 1) if wanted is None else wanted(name, shape)
+            if found is not None:
+                rows[name] = found
+    tensors = stored.read(rows)
     try:
-        rest = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        reader = HuggingFaceStorageReader(str(folder))
-        found = reader.read_metadata().state_dict_metadata
-        tensors = {
-            name: torch.empty(meta.size, dtype=meta.properties.dtype)  # type: ignore[union-attr]
-            for name, meta in found.items()
-            if name.startswith(prefix)
-        }
-        if tensors:
-            with _alone():
-                dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
-    except (Exception, CheckpointException) as error:
+        tree = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        return unflatten(tensors, tree, partial=bool(prefix) or wanted is not None)
+    except Exception as error:
         raise LitseekError(f"{folder}: not a readable checkpoint ({error}).") from error
-    return unflatten(tensors, rest, prefix)
 
 
-def verify(folder: Path) -> dict[str, Any]:
-    """The manifest, after every file it names was found whole."""
+def verify(folder: Path, group: Group = None) -> dict[str, Any]:
+    """The manifest, after every file it names was found whole; the ranks of ``group`` share the files among them."""
+    return every(lambda: _verified(folder, rank_in(group), size_of(group)), group)
+
+
+def _verified(folder: Path, rank: int, ranks: int) -> dict[str, Any]:
     if not folder.is_dir():
         raise LitseekError(f"{folder}: no such checkpoint.")
     manifest = folder / MANIFEST
@@ -133,7 +194,7 @@ def verify(folder: Path) -> dict[str, Any]:
         raise LitseekError(f"{manifest}: damaged ({error}).") from error
     if version != FORMAT:
         raise LitseekError(f"{manifest}: format {version} is not known here, only {FORMAT}.")
-    for name, (size, digest) in files.items():
+    for name, (size, digest) in list(files.items())[rank::ranks]:
         path = folder / name
         if Path(name).name != name or not path.is_file():
             raise LitseekError(f"{path}: missing from the checkpoint.")
@@ -210,42 +271,8 @@ def set_random_state(state: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-def _save_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """In files of about `SHARD` bytes: each is put together in memory before it is written."""
-    if not tensors:
-        return
-    own: dict[str, Tensor] = {}
-    shard: dict[str, int] = {}
-    room, seen = 0, set()
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().contiguous()
-        storage = tensor.untyped_storage()
-        if storage.nbytes() != tensor.nbytes or storage.data_ptr() in seen:
-            tensor = tensor.clone()  # safetensors refuses tensors that share memory
-        seen.add(storage.data_ptr())
-        if tensor.nbytes > room:
-            shard[name], room = max(shard.values(), default=0) + 1, SHARD
-        else:
-            shard[name] = max(shard.values())
-        room -= tensor.nbytes
-        own[name] = tensor
-    with _alone():
-        dcp.save(own, storage_writer=HuggingFaceStorageWriter(str(folder), shard), no_dist=True)
-
-
-@contextmanager
-def _alone() -> Iterator[None]:
-    """Without the remark that this is a single process (replicated state is written by rank 0 alone), and without the
-    two log lines a tensor that nobody reads."""
-    logger = logging.getLogger("c10d-NullHandler-dcp_logger")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            yield
-    finally:
-        logger.setLevel(level)
+def _save_tensors(folder: Path, pieces: Mapping[str, Piece], group: Group) -> list[Path]:
+    return save_pieces(folder, pieces, group)
 
 
 def _write(path: Path, text: str) -> None:
@@ -255,6 +282,12 @@ def _write(path: Path, text: str) -> None:
 def _fingerprint(path: Path) -> list[Any]:
     with path.open("rb") as file:
         return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
+
+
+def _finished(path: Path) -> list[Any]:
+    """Its fingerprint, once it is on the disk."""
+    _sync(path)
+    return _fingerprint(path)
 
 
 def _sync(path: Path) -> None:
@@ -294,18 +327,3 @@ def _point(folder: Path) -> None:
     _sync(fresh)
     fresh.rename(folder.parent / LAST)
     _sync(folder.parent)
-
-
-def _os_error(error: BaseException | None) -> OSError | None:
-    """The disk's complaint behind an exception; torch.distributed.checkpoint wraps it, in a BaseException."""
-    seen = set()
-    while error is not None and id(error) not in seen:
-        if isinstance(error, OSError):
-            return error
-        seen.add(id(error))
-        for wrapped in getattr(error, "failures", {}).values():
-            inner = wrapped[0] if isinstance(wrapped, tuple) else wrapped
-            if isinstance(inner, OSError):
-                return inner
-        error = error.__cause__ or error.__context__
-    return None

@@ -1,4 +1,4 @@
-"""The Lightning strategy that runs a stage's micro-batches through the executor (report §3.2).
+"""The Lightning strategy: expert parallelism, pipelines and ZeRO-1 under any stage (report §3.2).
 
 Lightning's closure runs training_step, zero_grad and backward in this order. Here the executor has already run
 backward inside training_step, so gradients are cleared when a step starts, `optimizer_zero_grad` of the stage does
@@ -7,6 +7,8 @@ nothing, and `backward` only calls the hooks. Automatic optimization stays on: c
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -19,52 +21,92 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_z
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import ParallelStrategy
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
-from litseek_kernels.adamw import MultiNorm, l2_norm_and_finite
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from litseek.data.batch import MicroBatch
-from litseek.errors import LitseekError
 from litseek.optim import AdamW
-from litseek.parallel import storage
-from litseek.parallel.executor import Executor, HeadLoss, StepResult
+from litseek.parallel import preempt, storage
+from litseek.parallel.executor import EXCHANGE, Executor, HeadLoss, StepResult, talks
+from litseek.parallel.launch import Launcher
+from litseek.parallel.mesh import Mesh
+from litseek.parallel.schedule import KINDS, make_schedule
+from litseek.parallel.sums import Sums
+from litseek.parallel.team import Team
+from litseek.parallel.writer import CheckpointWriter
+from litseek.parallel.zero import Shares
 
 RECOMPUTED = ("attend", "dispatch", "experts", "combine", "all")
-BUCKET = 2**24
-"""Gradient elements that one all-reduce carries: 64 MB of float32."""
 
 
 class LitseekStrategy(ParallelStrategy):
-    """One process or plain data parallelism; both run the same executor.
+    """Any layout of ``pp`` x ``ep`` x copies; one process is the smallest.
 
-    ``chunks`` cuts the model for the executor. ``recompute`` names the phases that run again in backward instead of
-    keeping their activations, by their last part: "attend", "experts", or "all".
+    ``pp`` ranks hold a pipeline's stages and run ``schedule`` (1f1b, zb1p, dualpipe, dualpipev); ``ep`` ranks share the
+    experts; what is left of the world holds copies. ``overlap`` lets, without a pipeline, one micro-batch's exchanges run
+    beside another's computations; DualPipe's schedules always do. ``zero`` splits the optimizer's state over copies
+    (ZeRO-1). ``recompute`` names the phases that run again in backward instead of keeping their activations, by their
+    last part: "attend", "experts", or "all". ``chunks`` cuts the model of a single process for the executor.
+    With ``checkpoint_async`` training goes on while a checkpoint, copied to host memory, is written.
+    Errors: ValueError naming the key, the value and what is allowed.
     """
 
     is_distributed = True  # without it Lightning injects no sampler into a user's own DataLoader
 
     def __init__(
         self,
+        pp: int = 1,
+        ep: int = 1,
+        schedule: str | None = None,
+        overlap: bool = False,
+        zero: bool = True,
         chunks: int = 1,
         recompute: Sequence[str] = (),
         backend: str | None = None,
         timeout_s: float = 1800,
+        checkpoint_async: bool = True,
         **plugins: Any,
     ) -> None:
         super().__init__(**plugins)
         for name in recompute:
             if name not in RECOMPUTED:
                 raise ValueError(f"strategy.recompute names '{name}': allowed are {', '.join(RECOMPUTED)}.")
+            if ep > 1 and name in EXCHANGE:
+                raise ValueError(
+                    f"strategy.recompute names '{name}', which talks to other ranks: strategy.ep={ep} must be 1."
+                )
+        if schedule is not None and schedule not in KINDS:
+            raise ValueError(f"strategy.schedule={schedule} is not known: allowed are {', '.join(KINDS)}, or null.")
+        if pp > 1 and schedule is None:
+            raise ValueError(f"strategy.pp={pp} needs strategy.schedule: one of {', '.join(KINDS)}.")
+        if schedule is not None and chunks != 1:
+            raise ValueError(
+                f"strategy.chunks={chunks} is for one process, strategy.schedule={schedule} cuts by itself."
+            )
+        if schedule == "dualpipe" and pp % 2:
+            raise ValueError(
+                f"strategy.schedule=dualpipe pairs the ranks of a pipeline: strategy.pp={pp} must be even."
+            )
+        self.pp, self.ep, self.schedule, self.overlap, self.zero = pp, ep, schedule, overlap, zero
+        Mesh(pp * ep, pp, ep)  # checks them
         self.num_chunks, self.recompute = chunks, tuple(recompute)
         self.backend, self.timeout = backend, timedelta(seconds=timeout_s)
+        self.checkpoint_async = checkpoint_async
+        self._writer: CheckpointWriter | None = None
         self.num_nodes = 1
         self._executor: Executor | None = None
+        self._team: Team | None = None
+        self._shares: Shares | None = None
         self.step_result: StepResult | None = None
         self._scale: Tensor | None = None
-        self._norm = MultiNorm()
-        self._host_group: dist.ProcessGroup | None = None
+        self.stopping = False
+        """Whether a rank was asked to stop before the step in progress began: all ranks do after it."""
+
+    def connect(self, model: LightningModule) -> None:
+        super().connect(model)
+        stage: Any = model
+        stage.attached = self
 
     # -- processes ----------------------------------------------------------------------------------------------
 
@@ -74,17 +116,37 @@ class LitseekStrategy(ParallelStrategy):
         return self.parallel_devices[self.local_rank]
 
     @property
+    def mesh(self) -> Mesh:
+        return Mesh(self.world_size, self.pp, self.ep, self.global_rank)
+
+    @property
     def dp(self) -> int:
         """Ranks that share a global batch."""
-        return self.world_size
+        return self.mesh.dp
 
     @property
     def dp_rank(self) -> int:
-        return self.global_rank
+        return self.mesh.dp_rank
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        return {"num_replicas": self.world_size, "rank": self.global_rank}
+        return {"num_replicas": self.dp, "rank": self.dp_rank}
+
+    @property
+    def team(self) -> Team:
+        """The process groups; made by the first who asks, on all ranks alike."""
+        if self._team is None:
+            self._team = Team(self.mesh, self.schedule, self.timeout, self.root_device)
+        return self._team
+
+    @property
+    def sums(self) -> Sums:
+        return self.team.sums
+
+    def check_micros(self, micros: int) -> None:
+        """ValueError unless the schedule runs so many micro-batches a step."""
+        if self.schedule is not None:
+            make_schedule(self.schedule, self.pp, micros)
 
     def set_world_ranks(self) -> None:
         assert self.cluster_environment is not None and self.parallel_devices is not None
@@ -96,7 +158,7 @@ class LitseekStrategy(ParallelStrategy):
         assert self.cluster_environment is not None and self.parallel_devices is not None
         processes = len(self.parallel_devices)
         if processes * self.num_nodes > 1:
-            self._launcher = _SubprocessScriptLauncher(self.cluster_environment, processes, self.num_nodes)
+            self._launcher = Launcher(self.cluster_environment, processes, self.num_nodes)
 
     def setup_environment(self) -> None:
         if type(self.precision_plugin) is not Precision:
@@ -111,6 +173,7 @@ class LitseekStrategy(ParallelStrategy):
             backend = self.backend or ("nccl" if self.root_device.type == "cuda" else "gloo")
             device = None if backend == "gloo" else self.root_device
             _init_dist_connection(self.cluster_environment, backend, timeout=self.timeout, device_id=device)
+        assert self.mesh  # whose sizes must fit the world
 
     def setup(self, trainer: Trainer) -> None:
         if trainer.accumulate_grad_batches != 1:
@@ -118,14 +181,40 @@ class LitseekStrategy(ParallelStrategy):
                 f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches} is not supported, only 1: "
                 "one step is one global batch; raise stage.batch or lower stage.micro_batch instead."
             )
+        self.place()
         super().setup(trainer)
-        if self.world_size > 1:
-            for tensor in self._module.state_dict().values():
-                dist.broadcast(tensor, 0)
+
+    restore_checkpoint_after_setup = True  # type: ignore[assignment]  # a rank reads its own part only
+
+    def place(self) -> None:
+        """Cut the stage's model to this rank's part and let all who hold the same start alike."""
+        stage: Any = self.lightning_module
+        self.team.partition(self._module, stage.phases(), getattr(stage.data, "seq_len", 1))
 
     def model_to_device(self) -> None:
         assert self.model is not None
         self.model.to(self.root_device)
+        self.team.align(self._module)
+        self._shares = None
+
+    def setup_optimizers(self, trainer: Trainer) -> None:
+        super().setup_optimizers(trainer)
+        parts = {id(share.part) for share in self.shares.shares}
+        stepped = [p for o in self.optimizers for group in o.param_groups for p in group["params"]]
+        if any(id(parameter) not in parts for parameter in stepped):  # a user's own optimizer, over whole parameters
+            self._shares = self.team.shares(self._module, False)
+
+    @property
+    def shares(self) -> Shares:
+        """What of each parameter this rank steps."""
+        if self._shares is None:
+            stage: Any = self.lightning_module
+            self._shares = self.team.shares(self._module, self.zero and stage.optim.by_element)
+        return self._shares
+
+    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """For the optimizer: a parameter, or this rank's rows of it."""
+        return self.shares.named_parameters()
 
     def barrier(self, name: str | None = None) -> None:
         if self.world_size > 1 and dist.is_initialized():
@@ -152,72 +241,31 @@ class LitseekStrategy(ParallelStrategy):
     @property
     def executor(self) -> Executor:
         if self._executor is None:
-            assert self.lightning_module is not None
-            self._executor = Executor(
-                self.lightning_module.phases(),  # type: ignore[operator]  # a stage may leave phases out
-                self.num_chunks,
-                recompute=recomputed(self.recompute),
-            )
+            stage: Any = self.lightning_module
+            self._executor = self.executor_of(stage.phases())
         return self._executor
+
+    def executor_of(self, phases: Sequence[Any]) -> Executor:
+        """Runs these phases, of a model that lies on the ranks as the stage's own does."""
+        return self.team.executor(phases, self.num_chunks, recomputed(self.recompute, self.ep > 1), self.overlap)
 
     def forward_backward(self, micros: Sequence[MicroBatch], head_loss: HeadLoss) -> StepResult:
         """Loss and gradients of the global batch, of which ``micros`` are this rank's part; equal on all ranks."""
-        targets, tokens = self._sum_on_host(
-            [sum(micro.targets for micro in micros), float(sum(micro.num_tokens for micro in micros))]
-        )
+        targets, tokens, self.stopping = self.sums.batch(micros, preempt.requested())
         if hasattr(self._module, "attach"):
             self._module.attach()
-        # gradients and losses are averaged over ranks below, hence the division here
+        # gradients and losses are averaged over the global batch's ranks below, hence the division here
         result = self.executor.forward_backward(micros, head_loss, total_targets=targets / self.dp)
-        result.tokens = int(tokens)
-        self._reduce(result)
-        grads = self._reduce_grads()
-        result.grad_norm, finite = l2_norm_and_finite(grads, self._norm)
+        result.tokens = tokens
+        self.sums.result(result)
+        self.shares.reduce()
+        result.grad_norm, finite = self.sums.norm(self.shares.squares_count_once())
         result.finite = finite & torch.isfinite(result.loss)
         self.step_result, self._scale = result, None
         return result
 
-    def _sum_on_host(self, values: list[float]) -> list[float]:
-        """The sums over all ranks of numbers that the host knows, without a detour through a GPU."""
-        if self.world_size == 1:
-            return values
-        if self._host_group is None and dist.get_backend() == "nccl":
-            self._host_group = dist.new_group(backend="gloo")
-        total = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(total, group=self._host_group)
-        return total.tolist()
-
-    def _reduce(self, result: StepResult) -> None:
-        if self.world_size == 1:
-            return
-        names = sorted(result.metrics)
-        scalars = torch.stack([result.loss.double(), *(result.metrics[n].double() for n in names)])
-        scalars = (self.sum(scalars) / self.dp).to(result.loss.dtype)
-        result.loss = scalars[0]
-        result.metrics = dict(zip(names, scalars[1:]))
-        for name in sorted(result.loads):
-            self.sum(result.loads[name])
-
-    def _reduce_grads(self) -> list[Tensor]:
-        """Average every gradient over the ranks; a parameter that got none has a gradient of zeros."""
-        grads = []
-        for parameter in self._module.parameters():
-            if parameter.requires_grad:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                grads.append(parameter.grad)
-        if self.world_size > 1:
-            for bucket in _buckets(grads):
-                flat = torch.cat([grad.flatten() for grad in bucket])
-                dist.all_reduce(flat)
-                flat /= self.dp
-                parts = flat.split([grad.numel() for grad in bucket])
-                torch._foreach_copy_(bucket, [part.view_as(grad) for part, grad in zip(parts, bucket)])
-        return grads
-
     def clear_gradients(self) -> None:
-        for parameter in self._module.parameters():
-            parameter.grad = None
+        self.shares.clear()
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         self.clear_gradients()
@@ -253,14 +301,16 @@ class LitseekStrategy(ParallelStrategy):
         finite = None if self.step_result is None else self.step_result.finite
         if finite is not None and finite.is_cuda and isinstance(optimizer, AdamW):
             optimizer.step(scale=scale, finite=finite, **kwargs)
+            self.shares.gather()
             return
         if scale is not None:
-            torch._foreach_mul_([p.grad for p in self._module.parameters() if p.grad is not None], scale)
+            torch._foreach_mul_(self.shares.grads(), scale)
         if finite is None or finite:
             optimizer.step(**kwargs)
             if not isinstance(optimizer, AdamW):  # torch's fused ones write parameters behind autograd's back
                 params = [param for group in optimizer.param_groups for param in group["params"]]
                 torch.autograd.graph.increment_version(params)
+            self.shares.gather()
 
     # -- checkpoints --------------------------------------------------------------------------------------------
 
@@ -271,27 +321,30 @@ class LitseekStrategy(ParallelStrategy):
         return self.lightning_module.model
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        return self._module.state_dict()
+        return self.team.pieces(self._module.state_dict())
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         self._module.load_state_dict(checkpoint["state_dict"], strict=strict)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The optimizer's state under parameter names instead of numbers."""
-        names = {parameter: name for name, parameter in self._module.named_parameters()}
+        shares = {share.part: share for share in self.shares.shares}
         return {
-            "state": {names[p]: dict(state) for p, state in optimizer.state.items()},
+            "state": {shares[p].name: self.team.state_of(shares[p], state) for p, state in optimizer.state.items()},
             "param_groups": [
-                group | {"params": [names[p] for p in group["params"]]} for group in optimizer.param_groups
+                {key: value for key, value in group.items() if key not in ("params", "param_names")}
+                for group in optimizer.param_groups
             ],
         }
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Back by name, each tensor in the dtype it was saved in: `Optimizer.load_state_dict` would widen BF16 moments."""
-        parameters = dict(self._module.named_parameters())
+        parameters = dict(self.named_parameters())
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"]):
             optimizer.state.clear()
             for name, state in saved["state"].items():
+                if name not in parameters:  # of another rank's part
+                    continue
                 parameter = parameters[name]
                 optimizer.state[parameter] = {
                     key: value.to(parameter.device) if isinstance(value, Tensor) else value
@@ -300,23 +353,37 @@ class LitseekStrategy(ParallelStrategy):
             for group, stored in zip(optimizer.param_groups, saved["param_groups"]):
                 group.update({key: value for key, value in stored.items() if key != "params"})
 
+    @property
+    def writer(self) -> CheckpointWriter:
+        """Made by the first who asks, on all ranks alike; its group is its own, for its thread's collectives."""
+        if self._writer is None:
+            group = dist.new_group(backend="gloo", timeout=self.timeout) if self.world_size > 1 else None
+            self._writer = CheckpointWriter(self.checkpoint_async, group)
+        return self._writer
+
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        state = checkpoint | {"random": self._gathered(storage.random_state())}
-        failure: Exception | None = None
-        if self.is_global_zero:
-            try:
-                stage: Any = self.lightning_module
-                storage.save(Path(filepath), state, **stage.checkpoint_files())
-            except Exception as error:  # told to every rank below, or the others would wait for ever
-                failure = error
-        message = self.broadcast(None if failure is None else str(failure))
-        if failure is not None:
-            raise failure
-        if message is not None:
-            raise LitseekError(message)
+        stage: Any = self.lightning_module
+        state = checkpoint | {"random": self.sums.objects(storage.random_state())}
+        self.writer.save(Path(filepath), state, **stage.checkpoint_files())
+
+    def finish_checkpoint(self) -> None:
+        """Return when the last checkpoint is on the disk. Raises its error, on every rank the same."""
+        self.writer.finish()
+
+    def teardown(self) -> None:
+        failed, writer, self._writer = sys.exception() is not None, self._writer, None
+        try:
+            if writer is not None:
+                writer.close()
+        except Exception as error:
+            if not failed:
+                raise
+            warnings.warn(f"{error}", stacklevel=2)  # what ended the training is the error to be read
+        super().teardown()
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        state = storage.load(Path(checkpoint_path))
+        wanted = self.team.wanted({share.name: share for share in self.shares.shares})
+        state = storage.load(Path(checkpoint_path), wanted=wanted, group=self.writer.group)
         states = state.pop("random", [])
         if self.global_rank < len(states):
             # set when training starts: building the optimizer and the data loader may still draw
@@ -329,31 +396,16 @@ class LitseekStrategy(ParallelStrategy):
             storage.set_random_state(state)
 
     def remove_checkpoint(self, filepath: str | Path) -> None:
+        self.writer.finish()  # what is to replace it must be there first
         if self.is_global_zero:
             storage.remove(Path(filepath))
 
     _random: dict[str, Any] | None = None
 
-    def _gathered(self, value: Any) -> list[Any]:
-        if self.world_size == 1:
-            return [value]
-        values = [None] * self.world_size
-        dist.all_gather_object(values, value)
-        return values
 
+def recomputed(names: Sequence[str], exchanged: bool = False) -> Callable[[str], bool]:
+    """Whether a phase runs again in backward, by its name: "layers.3.attend" is named by "attend" and by "all".
 
-def recomputed(names: Sequence[str]) -> Callable[[str], bool]:
-    """Whether a phase runs again in backward, by its name: "layers.3.attend" is named by "attend" and by "all"."""
-    return lambda name: "all" in names or name.rpartition(".")[2] in names
-
-
-def _buckets(grads: list[Tensor]) -> list[list[Tensor]]:
-    buckets: list[list[Tensor]] = []
-    room = 0
-    for grad in grads:
-        if grad.numel() > room or buckets[-1][0].dtype != grad.dtype:
-            buckets.append([])
-            room = BUCKET
-        buckets[-1].append(grad)
-        room -= grad.numel()
-    return buckets
+    ``exchanged``: not so one that talks to other ranks, which "all" leaves out then.
+    """
+    return lambda name: ("all" in names or name.rpartition(".")[2] in names) and not (exchanged and talks(name))

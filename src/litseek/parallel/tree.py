@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,27 +10,44 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from litseek.parallel.pieces import Piece
+
 KIND = "__kind__"
 """Marks a JSON object that stands for something JSON has not: a tensor, a tuple, a dictionary with other keys."""
 
 
-def flatten(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(path -> tensor, JSON tree). Errors: TypeError naming the path of a value that cannot be stored."""
-    tensors: dict[str, Tensor] = {}
+def flatten(state: Mapping[str, Any]) -> tuple[dict[str, Tensor | Piece], dict[str, Any]]:
+    """(path -> tensor or piece of one, JSON tree). Errors: TypeError naming the path of a value that cannot be stored."""
+    tensors: dict[str, Tensor | Piece] = {}
     return tensors, _take(state, "", tensors)
 
 
-def unflatten(tensors: Mapping[str, Tensor], tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The state again; with ``prefix``, branches that have no tensor in ``tensors`` are left out."""
-    return _give(tree, tensors, bool(prefix))
+def unflatten(tensors: Mapping[str, Tensor], tree: Mapping[str, Any], partial: bool = False) -> dict[str, Any]:
+    """The state again; with ``partial``, what has no tensor in ``tensors`` is left out."""
+    return _give(tree, tensors, partial)
 
 
-def _take(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+def unite(tree: Any, other: Any) -> Any:
+    """``tree`` with the keys that only ``other`` has; where both have a value ``tree``'s stays.
+
+    Lists are taken item by item where they are equally long. Errors: ValueError naming tensors that would be lost.
+    """
+    if isinstance(tree, dict) and isinstance(other, dict) and KIND not in tree and KIND not in other:
+        return tree | {key: unite(tree[key], item) if key in tree else item for key, item in other.items()}
+    if isinstance(tree, list) and isinstance(other, list) and len(tree) == len(other):
+        return [unite(*pair) for pair in zip(tree, other)]
+    lost = set(_paths(other)) - set(_paths(tree))
+    if lost:
+        raise ValueError(f"A checkpoint has no place for '{min(lost)}': one rank has it, and another something else.")
+    return tree
+
+
+def _take(value: Any, path: str, tensors: dict[str, Tensor | Piece]) -> Any:
     if isinstance(value, np.ndarray):
         value = torch.from_numpy(value)
     if isinstance(value, np.generic):
         value = value.item()
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor | Piece):
         assert path not in tensors, f"two tensors at {path}"
         tensors[path] = value
         return {KIND: "tensor", "path": path}
@@ -72,6 +89,15 @@ def _give(tree: Any, tensors: Mapping[str, Tensor], partial: bool) -> Any:
     if kind == "items":
         return {_give(k, tensors, partial): _give(v, tensors, partial) for k, v in tree["items"]}
     raise ValueError(f"unknown kind {kind!r}")
+
+
+def _paths(tree: Any) -> Iterator[str]:
+    """Of the tensors in it."""
+    if isinstance(tree, dict) and tree.get(KIND) == "tensor":
+        yield tree["path"]
+        return
+    for item in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ():
+        yield from _paths(item)
 
 
 def _join(path: str, key: str) -> str:

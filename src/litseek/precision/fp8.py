@@ -10,6 +10,7 @@ Letters: M rows, N out, K in, R rows of experts, E experts, D model, F hidden, G
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -31,8 +32,8 @@ HIGH = ("head", "mtp")
 
 WIDTH = 16
 """The products' and the transposed codes' rows start at multiples of 16 bytes."""
-PROGRAMS = 264
-"""Tiles that fill a GPU of 132 multiprocessors evenly enough."""
+MULTIPROCESSORS, FLOPS, BYTES = 132, 8.2e12, 3.0e12
+"""Of a Hopper GPU, the operations a second of one of them, the memory's bytes a second: as timed on an H100."""
 
 
 class Codes(NamedTuple):
@@ -91,6 +92,19 @@ class FP8(BF16):
         codes = *_stacked(codes_of(gate.weight), codes_of(up.weight)), *codes_of(down.weight)
         return _as_before(_FeedForward.apply(rows_MK, gate.weight, up.weight, down.weight, *codes), x)
 
+    def pack(self, rows_RD: Tensor) -> tuple[Tensor, ...]:
+        """1x128 codes as bytes (R, D) and their power-of-two scales (R, ceil(D / 128)) float32."""
+        codes, scale = quantise_rows(rows_RD.to(self.compute_dtype), power_of_two=True)
+        return codes.view(torch.uint8), scale.t().contiguous()
+
+    def unpack(self, payload: tuple[Tensor, ...]) -> Tensor:
+        """(R, D) BF16, without a rounding: a code times a power of two has at most 4 significant bits. Nor does
+        quantising it with power-of-two scales again round: a tile whose largest code is 224 gets half the scale and
+        twice the codes, any other tile its own."""
+        codes, scale = payload
+        wide = scale.to(torch.bfloat16).repeat_interleave(TILE, dim=1)[:, : codes.shape[1]]
+        return codes.view(torch.float8_e4m3fn).to(torch.bfloat16) * wide
+
 
 class LinearFP8(Linear):
     """y = x W^T with both operands in FP8."""
@@ -124,10 +138,13 @@ def keep_codes(weight: nn.Parameter) -> None:
 def codes_of(weight: Tensor) -> Codes:
     """The weight's codes as `FP8.attach` keeps them, or made now where it was not attached or has been written since."""
     holder: Any = weight
-    kept = getattr(weight, "codes_of_version", None)  # first whether there are any: inference tensors have no version
-    if not torch.compiler.is_compiling() and (kept is None or kept != version_of(weight)):
-        check_device(weight.device)
-        return Codes(*quantise_weight(weight.detach()))
+    if not torch.compiler.is_compiling():  # there a version would be a constant, and every step compile anew
+        kept = getattr(
+            weight, "codes_of_version", None
+        )  # first whether there are any: inference tensors have no version
+        if kept is None or kept != version_of(weight):
+            check_device(weight.device)
+            return Codes(*quantise_weight(weight.detach()))
     return Codes(holder.fp8_codes, holder.fp8_scale, holder.fp8_codes_t)
 
 
@@ -147,12 +164,25 @@ def _dense(codes_MK: Tensor, scale_kM: Tensor, weight_NK: Tensor, scale_nk: Tens
 
 
 def _dense_wgrad(grad_t: Tensor, grad_scale_t: Tensor, rows_t: Tensor, rows_scale_t: Tensor) -> Tensor:
-    """(N, K). A small matrix has too few tiles for the GPU: the rows are then split into parts, whose sums are added."""
+    """(N, K). Where a matrix has too few tiles for the GPU the rows are split into parts, whose sums are added."""
     (N, M), K = grad_t.shape, rows_t.shape[0]
-    parts = max(1, min(PROGRAMS // (-(-N // 256) * -(-K // TILE)), M // (16 * TILE)))
+    parts = _parts(M, N, K)
     edge = torch.arange(parts + 1, dtype=torch.int32, device=grad_t.device) * (M // TILE) // parts * TILE
     sums = grouped_wgrad_fp8(grad_t, grad_scale_t, rows_t, rows_scale_t, edge)
     return sums[0] if parts == 1 else sums.sum(0)
+
+
+def _parts(M: int, N: int, K: int) -> int:
+    """How many parts take the least time: rounds of 256 x 128 tiles, then the sums written in FP32 and read again."""
+    tiles, best, least = -(-N // 256) * -(-K // TILE), 1, math.inf
+    for parts in range(1, max(1, M // (16 * TILE)) + 1):
+        rounds = -(-tiles * parts // MULTIPROCESSORS)
+        seconds = rounds * (M / parts) * 2 * 256 * TILE / FLOPS
+        if parts > 1:
+            seconds += 8 * parts * N * K / BYTES
+        if seconds < least:
+            best, least = parts, seconds
+    return best
 
 
 class _Product(torch.autograd.Function):
@@ -254,8 +284,10 @@ def _forward(
     rows_RD: Tensor, weight_R: Tensor | None, up: Codes, down: Codes, padding: Layout | None, layout: Layout
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """Down(SwiGLU(gate and up)), SwiGLU's output times the gate's weight; and what backward needs. ``padding`` is the
-    layout where the rows need one."""
-    rows, rows_scale, rows_t, rows_scale_t = quantise_both(rows_RD, layout=padding)
+    layout where the rows need one: they are routed rows then, and have power-of-two scales as the dispatch between ranks
+    has (report §3.3.3), which leaves rows that came through it as they are."""
+    routed = padding is not None
+    rows, rows_scale, rows_t, rows_scale_t = quantise_both(rows_RD, power_of_two=routed, layout=padding)
     hidden = grouped_mm_fp8(rows, rows_scale, up.codes, up.scale, layout.tile_expert)
     act, act_scale, kept, kept_scale = swiglu_quantise(hidden, layout=padding, weight_R=weight_R)
     compact = None if padding is None else (layout.tile_begin, layout.tile_count, rows_RD.shape[0])
@@ -269,7 +301,7 @@ def _backward(grad_RD: Tensor, kept: tuple[Tensor, ...], padded: bool) -> tuple[
     rows_t, rows_scale_t, hidden, hidden_scale, weight_R, up_scale, up_codes_t, down_scale, down_codes_t = kept[:9]
     layout = Layout(*kept[9:])
     padding = layout if padded else None
-    grad, grad_scale, grad_t, grad_scale_t = quantise_both(grad_RD.contiguous(), layout=padding)
+    grad, grad_scale, grad_t, grad_scale_t = quantise_both(grad_RD.contiguous(), power_of_two=padded, layout=padding)
     grad_act = grouped_mm_fp8(grad, grad_scale, down_codes_t, down_scale.transpose(1, 2), layout.tile_expert)
     made = swiglu_backward_quantise(hidden, hidden_scale, grad_act, layout=padding, weight_R=weight_R)
     wgrad = partial(grouped_wgrad_fp8, padded_start_E=layout.padded_start_E) if padded else _dense_wgrad

@@ -16,6 +16,7 @@ from litseek_kernels.swiglu import swiglu as swiglu_rows
 from torch import Tensor, nn
 
 from litseek.copies import attach_copy, compute_copy, refresh_copy
+from litseek.deferral import splits, weight_gradient
 
 
 class Linear(nn.Module):
@@ -28,7 +29,8 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(_cast(x, self.compute_dtype), operand(self.weight, self.compute_dtype))
+        x, weight = _cast(x, self.compute_dtype), operand(self.weight, self.compute_dtype)
+        return _LinearProduct.apply(x, weight) if splits() else F.linear(x, weight)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}"
@@ -69,17 +71,18 @@ class Precision:
         rows, weight = _cast(rows_RD, self.compute_dtype), operand(weight_EFD, self.compute_dtype)
         if rows.is_cuda and self.compute_dtype == torch.bfloat16:
             return _GroupedProduct.apply(rows, weight, count_E.cumsum(0).to(torch.int32))
-        return grouped_mm(rows, weight, count_E)
+        return _GroupedReference.apply(rows, weight, count_E) if splits() else grouped_mm(rows, weight, count_E)
 
     def feed_forward(self, x: Tensor, gate: Linear, up: Linear, down: Linear) -> Tensor:
         """A dense SwiGLU feed-forward (..., D): down(silu(gate(x)) * up(x))."""
         return down(swiglu(gate(x), up(x)))
 
     def pack(self, rows_RD: Tensor) -> tuple[Tensor, ...]:
-        """What travels between ranks in dispatch."""
+        """What travels between ranks in dispatch: tensors (R, ...) of a dtype that can be copied by rows."""
         return (_cast(rows_RD, self.compute_dtype),)
 
     def unpack(self, payload: tuple[Tensor, ...]) -> Tensor:
+        """(R, D) in the compute dtype, of the rows that arrived."""
         return payload[0]
 
 
@@ -109,7 +112,47 @@ class _GroupedProduct(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         rows_RD, weight_EFD, end_E = ctx.saved_tensors
         grad_RF = grads[0].contiguous()
-        return F.grouped_mm(grad_RF, weight_EFD, offs=end_E), F.grouped_mm(grad_RF.t(), rows_RD, offs=end_E), None
+        grad_weight = weight_gradient(weight_EFD, lambda: F.grouped_mm(grad_RF.t(), rows_RD, offs=end_E))
+        return F.grouped_mm(grad_RF, weight_EFD, offs=end_E), grad_weight, None
+
+
+class _LinearProduct(torch.autograd.Function):
+    """F.linear whose weights' half of backward can be put off."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_FD: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight_FD)
+        return F.linear(x, weight_FD)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight_FD = ctx.saved_tensors
+        grad = grads[0]
+        grad_weight = weight_gradient(weight_FD, lambda: grad.flatten(0, -2).t() @ x.flatten(0, -2))
+        return grad @ weight_FD, grad_weight
+
+
+class _GroupedReference(torch.autograd.Function):
+    """The reference's grouped product, likewise."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_RD: Tensor, weight_EFD: Tensor, count_E: Tensor) -> Tensor:
+        ctx.save_for_backward(rows_RD, weight_EFD, count_E)
+        return grouped_mm(rows_RD, weight_EFD, count_E)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        rows_RD, weight_EFD, count_E = ctx.saved_tensors
+        grad_RF = grads[0]
+
+        def of_weight() -> Tensor:
+            with torch.enable_grad():
+                leaf = torch.zeros_like(weight_EFD).requires_grad_()
+                out = grouped_mm(rows_RD, leaf, count_E)
+            return torch.autograd.grad(out, leaf, grad_RF)[0]
+
+        grad_rows = grouped_mm(grad_RF, weight_EFD.transpose(1, 2), count_E)
+        return grad_rows, weight_gradient(weight_EFD, of_weight), None
 
 
 def operand(weight: Tensor, dtype: torch.dtype) -> Tensor:

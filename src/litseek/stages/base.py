@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from litseek.callbacks.progress import Progress
-from litseek.data.batch import MicroBatch
+from litseek.data.batch import IGNORE, MicroBatch
 from litseek.data.sources import gzip_bits_per_byte, xz_bits_per_byte
 from litseek.errors import LitseekError
 from litseek.losses import linear_cross_entropy, mtp_loss
 from litseek.models.config import DeepSeekV3Config
 from litseek.models.transformer import Transformer, build
 from litseek.optim import BatchRamp, set_lr, update_biases_
-from litseek.parallel import storage
+from litseek.parallel import preempt
 from litseek.parallel.checkpoint import CheckpointRef, load_weights
 from litseek.parallel.executor import Executor, State, StepResult
 from litseek.parallel.strategy import LitseekStrategy
@@ -76,6 +76,8 @@ class StageModule(pl.LightningModule):
         self.accuracy = accuracy
         self.cache_dir = Path(cache_dir or os.environ.get("LITSEEK_CACHE", "~/.cache/litseek")).expanduser()
         self.model: Transformer = None  # type: ignore[assignment]  # until configure_model
+        self.attached: Any = None
+        """The strategy that runs this stage; it sets itself."""
         self.parent: CheckpointRef | None = None
         self.step = 0
         """Finished steps, skipped ones included."""
@@ -185,18 +187,22 @@ class StageModule(pl.LightningModule):
                     f"stage.batch={size} is not a multiple of stage.micro_batch={self.micro_batch} times "
                     f"{self.strategy.dp} data-parallel ranks."
                 )
+            self.check_micros(size // unit)
+
+    def check_micros(self, micros: int) -> None:
+        """Errors: ValueError where the strategy's schedule cannot run so many micro-batches."""
+        self.strategy.check_micros(micros)
 
     def phases(self) -> list[Any]:
         return self.model.phases()
 
     @property
     def strategy(self) -> LitseekStrategy:
-        strategy = self.trainer.strategy
-        if not isinstance(strategy, LitseekStrategy):
+        if not isinstance(self.attached, LitseekStrategy):
             raise ValueError(
-                f"strategy={type(strategy).__name__} cannot run a stage; use strategy=single or strategy=dp."
+                f"strategy={type(self.trainer.strategy).__name__} cannot run a stage; use strategy=single or strategy=dp."
             )
-        return strategy
+        return self.attached
 
     def batch_size(self, consumed: int) -> int:
         """Sequences of the global batch that starts after ``consumed`` samples."""
@@ -217,7 +223,7 @@ class StageModule(pl.LightningModule):
     # -- the step -----------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return self.optim.build(self.model.named_parameters())
+        return self.optim.build(self.strategy.named_parameters())
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self.learning_rate = self.optim.schedule.lr(self.step, self.tokens_seen)
@@ -284,11 +290,16 @@ class StageModule(pl.LightningModule):
         self.model.attach()
         weight, dtype = self.model.lm_head.weight, self.precision.compute_dtype
 
-        def head(state: State, micro: MicroBatch) -> None:
-            nats = linear_cross_entropy(state["hidden"], weight, micro.labels, "none", compute_dtype=dtype)
-            scores.add(nats, micro.labels)
+        def head(state: State, micro: MicroBatch) -> Tensor:
+            return linear_cross_entropy(state["hidden"], weight, micro.labels, "none", compute_dtype=dtype)
 
-        (executor or self.strategy.executor).forward(self.inputs(batch), head, until="norm")
+        micros = self.inputs(batch)
+        found = (executor or self.strategy.executor).forward(micros, head, until="norm")
+        for micro, nats in zip(micros, found, strict=True):
+            if nats is None:  # scored by the rank that has the head
+                scores.add(torch.zeros(micro.labels.shape), torch.full_like(micro.labels, IGNORE))
+            else:
+                scores.add(nats, micro.labels)
 
     def evaluate(self, executor: Executor | None = None) -> Scores:
         """The whole held-out split, outside Lightning's validation loop; another executor scores another model."""
@@ -328,14 +339,21 @@ class StageModule(pl.LightningModule):
         return Path(self.trainer.default_root_dir) / "checkpoints"
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        # the one at the end is written by on_train_end, with the results in it
-        if self.checkpoint_every and self.step % self.checkpoint_every == 0 and self.step != self.trainer.max_steps:
+        if self.step == self.trainer.max_steps:  # the one at the end is written by on_train_end, with the results in it
+            return
+        if self.strategy.stopping or (self.checkpoint_every and self.step % self.checkpoint_every == 0):
             self.save()
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        if self.strategy.stopping:  # saved above; here the step's metrics are written too
+            self.strategy.finish_checkpoint()
+            raise preempt.stopped(f"step {self.step}")
 
     def on_train_end(self) -> None:
         self.results |= self.final_metrics()
         self.report(self.results)
         self.save()
+        self.strategy.finish_checkpoint()
 
     def final_metrics(self) -> dict[str, float]:
         """What the receipt states of the trained model."""
@@ -350,8 +368,6 @@ class StageModule(pl.LightningModule):
 
     def save(self) -> None:
         self.trainer.save_checkpoint(self.checkpoints / f"step-{self.step:08d}", weights_only=False)
-        if self.strategy.is_global_zero:
-            storage.keep_newest(self.checkpoints, self.checkpoint_keep)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         counters = {key: getattr(self, key) for key in ("step", "consumed", "tokens_seen", "seed", "results")}
@@ -367,8 +383,10 @@ class StageModule(pl.LightningModule):
             setattr(self, key, saved[key])
 
     def checkpoint_files(self) -> dict[str, Any]:
-        """What lies beside the tensors, so that model and tokenizer can be rebuilt from the checkpoint alone."""
-        return {"config": self.cfg.to_dict(), "tokenizer": self.data.tokenizer.raw.to_str()}
+        """What lies beside the tensors, so that model and tokenizer can be rebuilt from the checkpoint alone; and how many
+        checkpoints are kept once this one is written."""
+        tokenizer = self.data.tokenizer.raw.to_str()
+        return {"config": self.cfg.to_dict(), "tokenizer": tokenizer, "keep": self.checkpoint_keep}
 
 
 def at(schedule: Schedule, tokens: int) -> float:

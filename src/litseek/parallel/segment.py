@@ -1,0 +1,121 @@
+"""One phase on one micro-batch as an autograd graph of its own (report §3.2)."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from litseek.data.batch import MicroBatch
+
+State = dict[str, Any]
+
+
+class Phase(Protocol):
+    """What the executor needs of a phase: a name and `state, micro -> state`."""
+
+    @property
+    def name(self) -> str: ...
+
+    def __call__(self, state: State, micro: MicroBatch) -> State: ...
+
+
+class Segment:
+    """One phase on one micro-batch: the edges of its autograd graph, its inputs only if it recomputes, its backward.
+
+    Inputs enter through `_Entry` and outputs are kept as edges, so that a tensor between two phases lives exactly as
+    long as an operation needs it for backward.
+    """
+
+    def __init__(self, phase: Phase, micro: MicroBatch, aux_weight: float, recompute: bool) -> None:
+        self.phase, self.micro, self.aux_weight, self.recompute = phase, micro, aux_weight, recompute
+        self.aux: Tensor | None = None
+        self.load: Tensor | None = None
+        self.grads: dict[str, Tensor] = {}
+        self.roots: dict[str, GradientEdge] = {}
+
+    def forward(self, state: State) -> State:
+        if self.recompute:
+            self.inputs, self.random = state, _random_state()
+        with torch.set_grad_enabled(not self.recompute):
+            outputs = self._run(state)
+        self.load = outputs.pop("load", None)
+        self.aux = outputs["aux"].detach() if "aux" in outputs else None
+        if not self.recompute:
+            self.roots = _edges(outputs)
+        return {k: v.detach() if isinstance(v, Tensor) else v for k, v in outputs.items() if k != "aux"}
+
+    def backward(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Gradients of the inputs from those of the outputs; parameters accumulate on the way."""
+        roots = self._again() if self.recompute else self.roots
+        seeds = dict(grads)
+        if "aux" in roots:
+            assert self.aux is not None
+            seeds["aux"] = torch.full_like(self.aux, self.aux_weight)
+        reached = [key for key in roots if seeds.get(key) is not None]
+        if reached:
+            torch.autograd.backward([roots[key] for key in reached], [seeds[key] for key in reached])
+        found, self.grads, self.roots, self.inputs = self.grads, {}, {}, {}
+        return found
+
+    def _run(self, state: State) -> State:
+        if torch.is_grad_enabled():
+            floating = [key for key, value in state.items() if isinstance(value, Tensor) and value.is_floating_point()]
+            token = torch.zeros((), requires_grad=True)
+            entered = _Entry.apply(self.grads, floating, token, *(state[key] for key in floating))
+            state = {**state, **dict(zip(floating, entered or ()))}
+        return dict(self.phase(dict(state), self.micro))
+
+    def _again(self) -> dict[str, GradientEdge]:
+        with _random_restored(self.random), torch.enable_grad():
+            outputs = self._run(self.inputs)
+        outputs.pop("load", None)  # counted on the first forward
+        return _edges(outputs)
+
+
+class _Entry(torch.autograd.Function):
+    """Where a segment's graph begins: hands its inputs in, and leaves their gradients in a dictionary.
+
+    Unlike leaves it keeps no input alive. ``token`` requires a gradient, so that the outputs do.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, grads: dict[str, Tensor], keys: list[str], token: Tensor, *values: Tensor) -> Any:
+        ctx.set_materialize_grads(False)
+        ctx.grads, ctx.keys = grads, keys
+        return tuple(value.view_as(value) for value in values)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, ...]:
+        ctx.grads.update((key, grad) for key, grad in zip(ctx.keys, grads) if grad is not None)
+        return (None,) * (len(grads) + 3)
+
+
+def _edges(outputs: State) -> dict[str, GradientEdge]:
+    tensors = {key: value for key, value in outputs.items() if isinstance(value, Tensor) and value.requires_grad}
+    return {key: get_gradient_edge(value) for key, value in tensors.items()}
+
+
+def _random_state() -> tuple[Tensor, Tensor | None]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+
+
+@contextmanager
+def _random_restored(state: tuple[Tensor, Tensor | None]):
+    """The generators as they were at the first forward, and afterwards as if nothing had been drawn again."""
+    cpu, cuda = state
+    now = _random_state()
+    try:
+        _set_random(cpu, cuda)
+        yield
+    finally:
+        _set_random(*now)
+
+
+def _set_random(cpu: Tensor, cuda: Tensor | None) -> None:
+    torch.set_rng_state(cpu)
+    if cuda is not None:
+        torch.cuda.set_rng_state(cuda)

@@ -1,0 +1,162 @@
+"""The ranks of a run at work together: process groups, what of the model lies where, who sends what to whom."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from litseek.models.transformer import Transformer, build
+from litseek.parallel.dispatch import AllToAllDispatcher
+from litseek.parallel.executor import Executor, Pipeline
+from litseek.parallel.mesh import Groups, Mesh, Ranks
+from litseek.parallel.partition import Layout, Partition, Placement
+from litseek.parallel.pieces import Piece
+from litseek.parallel.sums import Sums
+from litseek.parallel.transport import PeerToPeer
+from litseek.parallel.zero import Share, Shares
+
+
+class Team:
+    """One rank's view of all of them. Made on all ranks alike, since process groups are."""
+
+    def __init__(self, mesh: Mesh, schedule: str | None, timeout: timedelta, device: torch.device) -> None:
+        self.mesh, self.schedule, self.device = mesh, schedule, device
+        self.layout = Layout.of(schedule, mesh.pp)
+        self.groups = Groups(mesh, timeout)
+        self.plan: Partition | None = None
+        host = None
+        if mesh.world > 1:
+            if dist.get_backend() != "gloo":
+                host = dist.new_group(backend="gloo", timeout=timeout)
+            self.groups.make("forward", mesh.ep_groups())
+            self.groups.make("backward", mesh.ep_groups())
+        self.sums = Sums(mesh, host)
+
+    # -- the model ----------------------------------------------------------------------------------------------
+
+    def partition(self, model: Any, phases: Sequence[Any], seq_len: int) -> None:
+        """Cut a whole model to this rank's part; a second model of the same shape is cut alike."""
+        if self.mesh.world == 1 and self.layout.num_stages == 1:
+            return
+        if self.plan is None:
+            self.plan = Partition.plan(model, phases, self.mesh, self.layout, seq_len)
+            self.groups.make("replicas", self.plan.all_replicas)
+        self.plan.apply(model, partial(self._dispatcher, model) if self.mesh.ep > 1 else None)
+
+    def _dispatcher(self, model: Transformer) -> AllToAllDispatcher:
+        ranks = next(group for group in self.mesh.ep_groups() if self.mesh.rank in group)
+        groups = [self.groups.get(purpose, ranks) for purpose in ("forward", "backward")]
+        return AllToAllDispatcher(model.cfg.n_routed_experts, *groups, precision=model.precision)
+
+    def group(self, replicas: Ranks) -> dist.ProcessGroup | None:
+        return self.groups.get("replicas", replicas)
+
+    def placement(self, name: str, tensor: Tensor) -> Placement:
+        """Of a tensor of this rank's part."""
+        if self.plan is not None:
+            return self.plan.placements[name]
+        shape = tuple(tensor.shape)
+        return Placement(name, shape, 0, shape[0] if shape else 1, (self.mesh.rank,))
+
+    @torch.no_grad()
+    def align(self, model: Any) -> None:
+        """All who hold the same rows take the first one's numbers."""
+        if self.plan is None:
+            return
+        for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
+            replicas = self.plan.placements[name].replicas
+            if len(replicas) > 1:
+                dist.broadcast(tensor.data, replicas[0], group=self.group(replicas))
+
+    def shares(self, model: Any, split: bool) -> Shares:
+        named = list(model.named_parameters())
+        placements = {name: self.placement(name, parameter) for name, parameter in named}
+        return Shares(named, placements, self.mesh.rank, self.mesh.dp, self.group, split)
+
+    # -- the step -----------------------------------------------------------------------------------------------
+
+    def executor(self, phases: Sequence[Any], chunks: int, recompute: Callable[[str], bool], beside: bool) -> Executor:
+        if self.plan is None or self.layout.num_stages == 1:
+            return Executor(phases, chunks, recompute, beside)
+        stages = self.plan.stages(phases)
+        return Executor.staged(stages, self.layout.num_stages, recompute, self._pipeline())
+
+    def _pipeline(self) -> Pipeline:
+        assert self.schedule is not None and self.plan is not None
+        ranks = [self.mesh.at(place) for place in range(self.mesh.pp)]
+        transport = PeerToPeer(ranks, None, self.plan.width, self.plan.dtype, self.device)
+        return Pipeline(self.schedule, self.mesh.pp, self.mesh.pp_rank, transport)
+
+    # -- a whole model ------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def whole(self, model: Transformer) -> Transformer:
+        """A copy of the model that holds everything, on every rank: for generation where a pipeline has cut it.
+
+        Rows travel tensor by tensor from one of their holders to all ranks.
+        """
+        assert self.plan is not None
+        with torch.device(self.device):
+            copy = build(model.cfg, model.precision)
+        own = model.state_dict()
+        for name, target in copy.state_dict().items():
+            sets = self.plan.owner[name]
+            rows = (target.shape[0] if target.ndim else 1) // len(sets)
+            for part, replicas in enumerate(sets):
+                place = target[part * rows : (part + 1) * rows] if len(sets) > 1 else target
+                if self.mesh.rank == replicas[0]:
+                    place.copy_(own[name])
+                dist.broadcast(place, replicas[0])
+        return copy.requires_grad_(False).eval()
+
+    def pieces(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor | Piece]:
+        """Tensors that lie as the model's of the same names do, for a checkpoint."""
+        return {name: self._piece(tensor, self.placement(name, tensor)) for name, tensor in tensors.items()}
+
+    def _piece(self, tensor: Tensor, place: Placement) -> Tensor | Piece:
+        if self.plan is None:
+            return tensor
+        return Piece(tensor, place.start, place.shape, self.mesh.rank == place.replicas[0])
+
+    def state_of(self, share: Share, state: Mapping[str, Any]) -> dict[str, Any]:
+        """An optimizer's state of a share, for a checkpoint: tensors of the parameter's shape are rows of it."""
+        if self.plan is None:
+            return dict(state)
+        place, found = share.placement, dict(state)
+        for key, value in state.items():
+            if not isinstance(value, Tensor):
+                continue
+            if value.shape == share.part.shape:
+                writes = share.split or self.mesh.rank == place.replicas[0]
+                found[key] = Piece(value, place.start + share.begin, place.shape, writes)
+            else:
+                found[key] = Piece(value, 0, tuple(value.shape), self.mesh.rank == place.replicas[0])
+        return found
+
+    def wanted(self, shares: Mapping[str, Share]) -> Callable[[str, tuple[int, ...]], tuple[int, int] | None] | None:
+        """Which rows of a checkpoint's tensors belong here; None if all do."""
+        if self.plan is None:
+            return None
+        plan = self.plan
+
+        def rows(path: str, shape: tuple[int, ...]) -> tuple[int, int] | None:
+            parts = path.split("/")
+            whole = (0, shape[0] if shape else 1)
+            if parts[0] == "optimizer_states":
+                share = shares.get(parts[3])
+                if share is None:
+                    return None
+                alike = shape == share.placement.shape
+                return (share.placement.start + share.begin, share.end - share.begin) if alike else whole
+            if parts[0] != "state_dict" and "average" not in parts:
+                return whole
+            place = plan.placements.get(parts[-1])
+            return None if place is None else (place.start, place.rows)
+
+        return rows
