@@ -32,8 +32,9 @@ from litseek_kernels.buffers import EXCHANGES, FLAGS, LATE, NEEDED, TILE, Buffer
 from litseek_kernels.e4m3 import from_e4m3
 
 E4M3 = torch.float8_e4m3fn
-_ROWS, _PIECE, _WARPS = 16, 512, 16
-"""Of a send: tokens and 32-bit words of each that one program moves at a time (32 KiB, four 16-byte loads a thread)."""
+_ROWS, _PIECE, _STEP, _WARPS = 16, 512, 4096, 16
+"""Of a send: tokens and 32-bit words of each that one program moves at a time (32 KiB, four 16-byte loads a thread), and how
+many choices, weights or scales."""
 _SORT_ROWS, _SORT_STEP = 1024, 128
 
 
@@ -177,8 +178,8 @@ def _launch_send(
         rows if weight is None else weight, weight_stride, rows if scale is None else scale,
         T, buffers.tokens, buffers.hidden * rows.itemsize // 4, triton.cdiv(buffers.hidden, TILE), num_local,
         FLAGS, half, choice_at, weight_at, scale_at, buffers.rank, buffers.world, buffers.top_k,
-        triton.next_power_of_2(buffers.top_k), back, choices, weight is not None, scale is not None, tile, piece, EXCHANGES,
-        num_warps=_WARPS,
+        triton.next_power_of_2(buffers.top_k), back, choices, weight is not None, scale is not None, tile, piece, _STEP,
+        EXCHANGES, num_warps=_WARPS,
     )  # fmt: skip
 
 
@@ -196,33 +197,32 @@ def _send_kernel(
     peers_ptr, state_ptr, rows_ptr, rows_stride, table_ptr, table_stride, weight_ptr, weight_stride, scale_ptr,
     T, ROOM, words, blocks_k, num_local, FLAGS, half_bytes, choice_at, weight_at, scale_at, me, W, K: tl.constexpr,
     BLOCK_K: tl.constexpr, BACK: tl.constexpr, CHOICES: tl.constexpr, WEIGHTS: tl.constexpr, SCALES: tl.constexpr,
-    ROWS: tl.constexpr, PIECE: tl.constexpr, EXCHANGES: tl.constexpr,
+    ROWS: tl.constexpr, PIECE: tl.constexpr, STEP: tl.constexpr, EXCHANGES: tl.constexpr,
 ):  # fmt: skip
     """``table`` holds choices, and a token's row goes to the ranks of its experts; or, BACK, positions, and the rows that go
     to rank d are those with a position in its part."""
     first, programs = tl.program_id(0), tl.num_programs(0)
     half = FLAGS + (tl.load(state_ptr + EXCHANGES) & 1).to(tl.int64) * half_bytes
-    i = tl.arange(0, ROWS * BLOCK_K * 4)
-    step = ROWS * BLOCK_K * 4
+    i = tl.arange(0, STEP)
     for hop in range(0, W):
         d = (me + hop) % W
         base = tl.load(peers_ptr + d) + half
         if CHOICES:
             to = tl.multiple_of((base + choice_at).to(tl.pointer_type(tl.int32)), 16) + me * ROOM * K
-            for start in range(first * step, ROOM * K, programs * step):
+            for start in range(first * STEP, ROOM * K, programs * STEP):
                 at = start + i
                 local = tl.load(table_ptr + at, mask=at < T * K, other=-1).to(tl.int32) - d * num_local
                 local = tl.where((at < T * K) & (local >= 0) & (local < num_local), local, -1)
                 tl.store(to + at, local, mask=at < ROOM * K)
         if WEIGHTS:
             to = tl.multiple_of((base + weight_at).to(tl.pointer_type(tl.float32)), 16) + me * ROOM * K
-            for start in range(first * step, T * K, programs * step):
+            for start in range(first * STEP, T * K, programs * STEP):
                 at = start + i
                 weight = tl.load(weight_ptr + d * weight_stride + at, mask=at < T * K, other=0.0)
                 tl.store(to + at, weight, mask=at < T * K)
         if SCALES:
             to = tl.multiple_of((base + scale_at).to(tl.pointer_type(tl.uint8)), 16) + me * ROOM * blocks_k
-            for start in range(first * step, T * blocks_k, programs * step):
+            for start in range(first * STEP, T * blocks_k, programs * STEP):
                 at = start + i
                 scale = tl.load(scale_ptr + at, mask=at < T * blocks_k, other=0.0)
                 exponent = (scale.to(tl.int32, bitcast=True) >> 23) & 0xFF

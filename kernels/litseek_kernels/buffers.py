@@ -7,7 +7,7 @@ D width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -46,6 +46,7 @@ class Buffers:
     itemsize: int
     """Bytes of the widest number of a row."""
     programs: int = PROGRAMS
+    """The same at every rank, and for as long as the counters live."""
     spins: int = SPINS
 
     def __post_init__(self) -> None:
@@ -81,10 +82,6 @@ class Buffers:
         """Own memory from the first half's rows (None) or ``parts[part]`` on, and how far the other half is, in ``dtype``."""
         start = FLAGS + (0 if part is None else self.parts[part])
         return self.own[start : self.size].view(dtype), self.parts[3] // dtype.itemsize
-
-    def with_programs(self, programs: int) -> Buffers:
-        """The same memory; all ranks must agree."""
-        return replace(self, programs=programs)
 
 
 def parts(world: int, tokens: int, top_k: int, hidden: int, itemsize: int) -> tuple[int, int, int, int]:
