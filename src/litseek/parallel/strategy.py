@@ -186,16 +186,25 @@ class LitseekStrategy(ParallelStrategy):
 
     restore_checkpoint_after_setup = True  # type: ignore[assignment]  # a rank reads its own part only
 
+    @property
+    def spread(self) -> bool:
+        """Whether a rank holds less than the model: then it is made without memory, cut, and filled in `place`."""
+        return self.mesh.world > 1
+
     def place(self) -> None:
-        """Cut the stage's model to this rank's part and let all who hold the same start alike."""
+        """Cut the stage's model to this rank's part and fill it: with the parent's weights, or fresh ones."""
         stage: Any = self.lightning_module
         self.team.partition(self._module, stage.phases(), getattr(stage.data, "seq_len", 1))
+        if any(tensor.is_meta for tensor in self._module.parameters()):
+            self.team.fill(self._module, lambda pieces: stage.fill(pieces, self.writer.group), stage.seed)
+        else:
+            self._module.to(self.root_device)
+            self.team.align(self._module)
+        self._shares = None
 
     def model_to_device(self) -> None:
         assert self.model is not None
         self.model.to(self.root_device)
-        self.team.align(self._module)
-        self._shares = None
 
     def setup_optimizers(self, trainer: Trainer) -> None:
         super().setup_optimizers(trainer)

@@ -74,6 +74,26 @@ class Team:
             if len(replicas) > 1:
                 dist.broadcast(tensor.data, replicas[0], group=self.group(replicas))
 
+    @torch.no_grad()
+    def fill(self, model: Transformer, given: Callable[[dict[str, Piece]], bool], seed: int) -> None:
+        """Memory for a part that has none yet, and its numbers: ``given`` fills the pieces, or says that there is
+        nothing to fill them with; then they are drawn, as on one device, where the whole tensor passes through memory."""
+        model.to_empty(device=self.device)
+        for router in model.balance_routers().values():
+            router.e_score_correction_bias.zero_()
+        held = model.state_dict(keep_vars=True)
+        pieces = {name: self._piece(tensor.data, self.placement(name, tensor)) for name, tensor in held.items()}
+        if given(pieces):
+            return
+        for name, parameter in model.named_parameters():
+            place = self.placement(name, parameter)
+            if place.rows == place.shape[0]:
+                model.draw(name, parameter, seed)
+                continue
+            whole = parameter.new_empty(place.shape)
+            model.draw(name, whole, seed)
+            parameter.copy_(whole[place.start : place.start + place.rows])
+
     def shares(self, model: Any, split: bool) -> Shares:
         named = list(model.named_parameters())
         placements = {name: self.placement(name, parameter) for name, parameter in named}
@@ -117,11 +137,11 @@ class Team:
 
     def pieces(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor | Piece]:
         """Tensors that lie as the model's of the same names do, for a checkpoint."""
+        if self.plan is None:
+            return dict(tensors)
         return {name: self._piece(tensor, self.placement(name, tensor)) for name, tensor in tensors.items()}
 
-    def _piece(self, tensor: Tensor, place: Placement) -> Tensor | Piece:
-        if self.plan is None:
-            return tensor
+    def _piece(self, tensor: Tensor, place: Placement) -> Piece:
         return Piece(tensor, place.start, place.shape, self.mesh.rank == place.replicas[0])
 
     def state_of(self, share: Share, state: Mapping[str, Any]) -> dict[str, Any]:
