@@ -14,6 +14,7 @@ from torch import Tensor
 from litseek.models.transformer import Transformer, build
 from litseek.parallel.dispatch import AllToAllDispatcher
 from litseek.parallel.executor import Executor, Pipeline
+from litseek.parallel.lanes import Lanes
 from litseek.parallel.mesh import Groups, Mesh, Ranks
 from litseek.parallel.partition import Layout, Partition, Placement
 from litseek.parallel.pieces import Piece
@@ -25,7 +26,7 @@ from litseek.parallel.zero import Share, Shares
 class Team:
     """One rank's view of all of them. Made on all ranks alike, since process groups are."""
 
-    def __init__(self, mesh: Mesh, schedule: str | None, timeout: timedelta, device: torch.device) -> None:
+    def __init__(self, mesh: Mesh, schedule: str | None, timeout: timedelta, device: torch.device, sms: int) -> None:
         self.mesh, self.schedule, self.device = mesh, schedule, device
         self.layout = Layout.of(schedule, mesh.pp)
         self.groups = Groups(mesh, timeout)
@@ -34,8 +35,8 @@ class Team:
         if mesh.world > 1:
             if dist.get_backend() != "gloo":
                 host = dist.new_group(backend="gloo", timeout=timeout)
-            self.groups.make("forward", mesh.ep_groups())
-            self.groups.make("backward", mesh.ep_groups())
+            self.groups.make("forward", mesh.ep_groups(), sms)
+            self.groups.make("backward", mesh.ep_groups(), sms)
         self.sums = Sums(mesh, host)
 
     # -- the model ----------------------------------------------------------------------------------------------
@@ -51,8 +52,9 @@ class Team:
 
     def _dispatcher(self, model: Transformer) -> AllToAllDispatcher:
         ranks = next(group for group in self.mesh.ep_groups() if self.mesh.rank in group)
-        groups = [self.groups.get(purpose, ranks) for purpose in ("forward", "backward")]
-        return AllToAllDispatcher(model.cfg.n_routed_experts, *groups, precision=model.precision)
+        forward, backward = (self.groups.get(purpose, ranks) for purpose in ("forward", "backward"))
+        assert forward is not None
+        return AllToAllDispatcher(model.cfg.n_routed_experts, forward, backward, model.precision)
 
     def group(self, replicas: Ranks) -> dist.ProcessGroup | None:
         return self.groups.get("replicas", replicas)
@@ -101,11 +103,16 @@ class Team:
 
     # -- the step -----------------------------------------------------------------------------------------------
 
-    def executor(self, phases: Sequence[Any], chunks: int, recompute: Callable[[str], bool], beside: bool) -> Executor:
+    def executor(
+        self, model: Any, phases: Sequence[Any], chunks: int, recompute: Callable[[str], bool], overlap: bool
+    ) -> Executor:
         if self.plan is None or self.layout.num_stages == 1:
-            return Executor(phases, chunks, recompute, beside)
-        stages = self.plan.stages(phases)
-        return Executor.staged(stages, self.layout.num_stages, recompute, self._pipeline())
+            made = Executor(phases, chunks, recompute, overlap)
+        else:
+            made = Executor.staged(self.plan.stages(phases), self.layout.num_stages, recompute, self._pipeline())
+        if overlap and self.device.type == "cuda":
+            made.lanes = Lanes(self.device, model.parameters)
+        return made
 
     def _pipeline(self) -> Pipeline:
         assert self.schedule is not None and self.plan is not None
