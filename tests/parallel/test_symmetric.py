@@ -128,12 +128,22 @@ def mine(device: str, case: str, hidden: int = D) -> tuple[Tensor, ...]:
 
 
 def every_case(device: str) -> list[list[Tensor]]:
-    """Two micro-batches in flight at once, through one exchange for all cases."""
-    dispatcher = SymmetricDispatcher(exchange(device))
+    """Two micro-batches in flight at once, on a GPU on two streams, through one exchange for all cases."""
+    group(device)
+    lanes = [torch.cuda.Stream() for _ in range(2)] if device == "cuda" else [None, None]
+    dispatcher = SymmetricDispatcher(exchange(device, lanes=2))
     found = []
     for case in CASES:
-        both = [Through(dispatcher, *mine(device, case), inside) for inside in (True, False)]
-        found += [one.backward() for one in both]
+        inputs = mine(device, case)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        both = []
+        for inside, lane in zip((True, False), lanes):
+            with torch.cuda.stream(lane):
+                both.append(Through(dispatcher, *inputs, inside))
+        for one, lane in zip(both, lanes):
+            with torch.cuda.stream(lane):
+                found.append(one.backward())
     assert not dispatcher.exchange.late and not dispatcher.exchange.overflowed
     return found
 

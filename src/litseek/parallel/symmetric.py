@@ -48,10 +48,12 @@ def share(nbytes: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Any]:
 
 
 class Exchange:
-    """What all mixtures of a rank's model share: memory for forward and for backward, and what went wrong.
+    """What all mixtures of a rank's model share: the memory, and what went wrong.
 
     Made by all ranks of ``group`` together, with the same arguments. ``tokens`` is the most that a micro-batch of any rank
-    has. ``capacity`` rows have room here; None: the worst case, W * tokens * K. ``programs`` multiprocessors send.
+    has. ``capacity`` rows have room here; None: the worst case, W * tokens * K. ``lanes`` is how many CUDA streams exchange
+    at once (litseek.parallel.lanes): each has memory of its own, in the order in which they come first; further streams
+    share it and wait for one another. All ranks queue their exchanges in the same order. ``programs`` multiprocessors send.
     Errors: ValueError naming the setting, its value and what is allowed.
     """
 
@@ -64,6 +66,7 @@ class Exchange:
         hidden: int,
         dtype: torch.dtype,
         capacity: int | None = None,
+        lanes: int = 1,
         programs: int = PROGRAMS,
         timeout_s: float = 1800,
         share: Share = share,
@@ -80,20 +83,34 @@ class Exchange:
         self.capacity = self.worst if capacity is None else capacity
         nbytes = size(world, tokens, top_k, hidden, dtype.itemsize)
         spins = int(min(timeout_s * POLLS_PER_SECOND, 2**31 - 1))
-
         self._kept: list[Any] = []
-
-        def channel() -> Buffers:
+        self._buffers: list[Buffers] = []
+        self._streams: dict[int, int] = {}
+        """Of a stream that has been seen: which buffers it uses."""
+        self._last: list[torch.cuda.Stream | None] = [None] * lanes
+        for _ in range(lanes):
             own, peers, kept = share(nbytes, group)
-            self._kept.append(kept)
             own[:FLAGS] = 0
             state = torch.zeros(STATE, dtype=torch.int32, device=own.device)
-            return Buffers(peers, own, state, rank, tokens, top_k, hidden, dtype.itemsize, programs, spins)
-
-        self.forward, self.backward = channel(), channel()
-        if self.forward.own.is_cuda:
+            made = Buffers(peers, own, state, rank, tokens, top_k, hidden, dtype.itemsize, programs, spins)
+            self._buffers.append(made)
+            self._kept.append(kept)
+        if own.is_cuda:
             torch.cuda.synchronize()
         dist.barrier(group)  # nobody sends before all counters are zero
+        if own.is_cuda:
+            torch.cuda.synchronize()
+
+    def lane(self) -> Buffers:
+        """What the current stream exchanges through."""
+        if not self._buffers[0].own.is_cuda:
+            return self._buffers[0]
+        stream = torch.cuda.current_stream()
+        at = self._streams.setdefault(stream.cuda_stream, len(self._streams) % len(self._buffers))
+        last, self._last[at] = self._last[at], stream
+        if last is not None and last != stream:
+            stream.wait_stream(last)
+        return self._buffers[at]
 
     @property
     def can_overflow(self) -> bool:
@@ -102,12 +119,12 @@ class Exchange:
     @property
     def overflowed(self) -> Tensor:
         """() bool on the device: since the last `grow`, rows of this rank did not fit."""
-        return self.forward.state[NEEDED] > self.capacity
+        return self._state(NEEDED).amax() > self.capacity
 
     @property
     def late(self) -> Tensor:
         """() bool on the device: a wait for a peer gave up, and what was read since is worthless."""
-        return (self.forward.state[LATE] + self.backward.state[LATE]) > 0
+        return self._state(LATE).amax() > 0
 
     def grow(self) -> int:
         """Room for as many rows as were wanted, which the host reads here. Returns how many more these are.
@@ -115,10 +132,14 @@ class Exchange:
         What is wanted after an overflow depends on worthless rows, so that the next try may have to grow again; the
         worst case ends it.
         """
-        before, needed = self.capacity, int(self.forward.state[NEEDED])
+        before, needed = self.capacity, int(self._state(NEEDED).amax())
         self.capacity = min(max(before, needed), self.worst)
-        self.forward.state[NEEDED] = 0
+        for buffers in self._buffers:
+            buffers.state[NEEDED] = 0
         return self.capacity - before
+
+    def _state(self, which: int) -> Tensor:
+        return torch.stack([buffers.state[which] for buffers in self._buffers])
 
 
 class SymmetricDispatcher:
@@ -132,7 +153,12 @@ class SymmetricDispatcher:
     def __init__(self, exchange: Exchange, precision: Precision | None = None) -> None:
         self.exchange, self.precision = exchange, precision
 
-    def dispatch(self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> tuple[Tensor, Tensor, Plan]:
+    def announce(self, expert_TK: Tensor) -> None:
+        """The host waits for nothing."""
+
+    def dispatch(
+        self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, announced: None = None
+    ) -> tuple[Tensor, Tensor, Plan]:
         """rows (capacity, D) for this rank's experts, sorted by expert; count_L; plan."""
         rows, weight_R, count_L, position_SK = _Out.apply(x_TD, weight_TK, expert_TK, self.exchange, self.precision)
         return rows, count_L, Plan(weight_R, (expert_TK, position_SK))
@@ -156,7 +182,7 @@ class _Out(torch.autograd.Function):
     def forward(
         ctx: Any, x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, exchange: Exchange, precision: Precision | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        buffers, capacity = exchange.forward, exchange.capacity
+        buffers, capacity = exchange.lane(), exchange.capacity
         rows, scale, dtype = _packed(x_TD, precision)
         all_to_all.send(buffers, rows, expert_TK, exchange.num_local, weight_TK, scale)
         all_to_all.wait(buffers)
@@ -173,7 +199,7 @@ class _Out(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         expert_TK, position = ctx.saved_tensors
-        grad_x, grad_weight = _home(ctx.exchange.backward, ctx.exchange, grads[0], position, expert_TK, grads[1])
+        grad_x, grad_weight = _home(ctx.exchange, grads[0], position, expert_TK, grads[1])
         assert grad_weight is not None
         return grad_x.to(ctx.dtypes[0]), grad_weight.to(ctx.dtypes[1]), None, None, None
 
@@ -187,12 +213,12 @@ class _Home(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         ctx.exchange, ctx.precision, ctx.dtype, ctx.rows = exchange, precision, rows_RD.dtype, len(rows_RD)
         ctx.save_for_backward(expert_TK, position_SK)
-        return _home(exchange.forward, exchange, rows_RD, position_SK, expert_TK, None)[0]
+        return _home(exchange, rows_RD, position_SK, expert_TK, None)[0]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         expert_TK, position = ctx.saved_tensors
-        buffers = ctx.exchange.backward
+        buffers = ctx.exchange.lane()
         rows, scale, dtype = _packed(grads[0], ctx.precision)
         all_to_all.send(buffers, rows, expert_TK, ctx.exchange.num_local, None, scale, choices=False)
         all_to_all.wait(buffers)
@@ -201,8 +227,9 @@ class _Home(torch.autograd.Function):
 
 
 def _home(
-    buffers: Buffers, exchange: Exchange, rows_RD: Tensor, position: Tensor, expert_TK: Tensor, weight_R: Tensor | None
+    exchange: Exchange, rows_RD: Tensor, position: Tensor, expert_TK: Tensor, weight_R: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
+    buffers = exchange.lane()
     sums, numbers = all_to_all.reduce(buffers, rows_RD, position, weight_R)
     all_to_all.send_back(buffers, sums, numbers, position)
     all_to_all.wait(buffers)
