@@ -38,6 +38,8 @@ SPINS = 1 << 22
 POISON = 85
 D, K, E = 7168, 8, 64
 PROGRAMS = 8, 16, 20, 32, 64
+TILES = (16, 512, 8), (16, 512, 32), (32, 512, 16), (64, 256, 16), (8, 1024, 16), (8, 512, 8), (8, 512, 16)
+"""Rows, 32-bit words of each and warps of a send; for few tokens a quarter of the rows and four times the words."""
 
 
 def rows() -> Iterator[dict[str, Any]]:
@@ -311,6 +313,31 @@ def times(node: Node, tokens: int, sweep: tuple[int, ...]) -> Iterator[dict[str,
         del out, sums
 
 
+def tiles(node: Node, tokens: int, tried: tuple[tuple[int, int, int], ...]) -> Iterator[dict[str, Any]]:
+    """What a program of a send moves at a time, and with how many warps; the first is the default."""
+    load, L = Load.make(node, tokens), E // node.world
+    codes, scales = quantise_rows(load.x, power_of_two=True)
+    scale = scales.t().contiguous()
+    default = op._ROWS, op._PIECE, op._WARPS
+    for few in (default, *tried):
+        op._ROWS, op._PIECE, op._WARPS = few
+        buffers = node.buffers(tokens, K, D, 20)
+
+        def put(buffers: Buffers = buffers) -> None:
+            op.send(buffers, codes, load.expert, L, load.weight, scale)
+            op.wait(buffers)
+
+        def bf16(buffers: Buffers = buffers) -> None:
+            op.send(buffers, load.x, load.expert, L, choices=False)
+            op.wait(buffers)
+
+        name = "put, 20 programs, {} rows x {} words, {} warps".format(*few)
+        yield load.row(f"FP8 {name}", graph_ms(put), 1)
+        yield load.row(f"BF16 {name}", graph_ms(bf16), 2)
+        in_time(buffers)
+    op._ROWS, op._PIECE, op._WARPS = default
+
+
 def nccl(node: Node, tokens: int, captured: bool) -> Iterator[dict[str, Any]]:
     """all_to_all_single of the same rows, a token once a rank, counts known to the host."""
     load = Load.make(node, tokens)
@@ -370,6 +397,7 @@ def main() -> None:
         check(node, 100, programs=programs)
     timings = [times(node, 4096, PROGRAMS), times(node, 256, (8, 20, 32))]
     timings += [nccl(node, tokens, captured) for captured in (False, True) for tokens in (4096, 256)]
+    timings += [tiles(node, tokens, TILES) for tokens in (4096, 256)]
     for timing in timings:
         for row in timing:
             say(row)
