@@ -7,8 +7,6 @@ graph unless the row says otherwise.
 GB/s are what a GPU sends to others. "put" ends when the rows lie at the peer, which every exchange waits for.
 """
 
-from __future__ import annotations
-
 import argparse
 import faulthandler
 import itertools
@@ -19,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -57,7 +55,7 @@ class Node:
     peers: Tensor
 
     @classmethod
-    def make(cls, nbytes: int) -> Node:
+    def make(cls, nbytes: int) -> Self:
         import torch.distributed._symmetric_memory as symmetric
 
         memory = symmetric.empty(nbytes, dtype=torch.uint8, device="cuda")
@@ -96,7 +94,7 @@ class Data:
     weight: list[Tensor]
 
     @classmethod
-    def make(cls, seed: int, counts: list[int], hidden: int, top_k: int, experts: int, last: bool = False) -> Data:
+    def make(cls, seed: int, counts: list[int], hidden: int, top_k: int, experts: int, last: bool = False) -> Self:
         g = torch.Generator("cuda").manual_seed(seed)
         made = cls([], [], [])
         for count in counts:
@@ -250,7 +248,7 @@ class Load:
     """Rows that leave."""
 
     @classmethod
-    def make(cls, node: Node, tokens: int) -> Load:
+    def make(cls, node: Node, tokens: int) -> Self:
         data, W, me = Data.make(tokens, [tokens] * node.world, D, K, E), node.world, node.rank
         to = torch.stack([((data.expert[me] // (E // W)) == d).any(1) for d in range(W)])
         moved = int(to.sum()) - int(to[me].sum())
