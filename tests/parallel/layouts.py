@@ -19,6 +19,7 @@ from tests.toy import ToySource, toy_optim, toy_stage, with_biases
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "ep2": dict(ep=2),
+    "ep2_overlap": dict(ep=2, overlap=True),
     "ep2_edp2": dict(ep=2),
     "pp2_v": dict(pp=2, schedule="dualpipev"),
     "pp4_v": dict(pp=4, schedule="dualpipev"),

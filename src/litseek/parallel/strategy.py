@@ -35,7 +35,7 @@ from litseek.parallel.schedule import KINDS, make_schedule
 from litseek.parallel.sums import Sums
 from litseek.parallel.team import Team
 from litseek.parallel.writer import CheckpointWriter
-from litseek.parallel.zero import Shares
+from litseek.parallel.zero import Share, Shares
 
 RECOMPUTED = ("attend", "dispatch", "experts", "combine", "all")
 
@@ -344,7 +344,7 @@ class LitseekStrategy(ParallelStrategy):
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The optimizer's state under parameter names instead of numbers."""
-        shares = {share.part: share for share in self.shares.shares}
+        shares: dict[Any, Share] = {share.part: share for share in self.shares.shares}
         return {
             "state": {shares[p].name: self.team.state_of(shares[p], state) for p, state in optimizer.state.items()},
             "param_groups": [

@@ -37,6 +37,8 @@ class Team:
                 host = dist.new_group(backend="gloo", timeout=timeout)
             self.groups.make("forward", mesh.ep_groups(), sms)
             self.groups.make("backward", mesh.ep_groups(), sms)
+            self.groups.make("down", mesh.neighbours())
+            self.groups.make("up", mesh.neighbours())
         self.sums = Sums(mesh, host)
 
     # -- the model ----------------------------------------------------------------------------------------------
@@ -117,7 +119,12 @@ class Team:
     def _pipeline(self) -> Pipeline:
         assert self.schedule is not None and self.plan is not None
         ranks = [self.mesh.at(place) for place in range(self.mesh.pp)]
-        transport = PeerToPeer(ranks, None, self.plan.width, self.plan.dtype, self.device)
+
+        def channel(source: int, target: int) -> dist.ProcessGroup | None:
+            pair = ranks[min(source, target)], ranks[max(source, target)]
+            return self.groups.get("down" if source < target else "up", pair)
+
+        transport = PeerToPeer(ranks, channel, self.plan.width, self.plan.dtype, self.device)
         return Pipeline(self.schedule, self.mesh.pp, self.mesh.pp_rank, transport)
 
     # -- a whole model ------------------------------------------------------------------------------------------
