@@ -74,9 +74,7 @@ class Engine:
     forward pass whether it still has a token to find, and hears whether any of them has.
     """
 
-    def __init__(
-        self, model: Transformer, absorbed: bool = True, pace: Callable[[bool], bool] | None = None
-    ) -> None:
+    def __init__(self, model: Transformer, absorbed: bool = True, pace: Callable[[bool], bool] | None = None) -> None:
         self.model, self.absorbed, self.pace = model, absorbed, pace
 
     def generate(
