@@ -116,7 +116,7 @@ def test_grpo_samples_scores_and_trains_alike(name, keys, alone, tokenizer, tmp_
                 assert torch.equal(part["rollout"][key], value), key
         assert part["gap"] < 1e-5
     assert any(part["blanks"] for part in parts) == (not keys["beta"])
-    same(parts, one)
+    same(parts, one, atol=1e-6)  # a loss whose advantages cancel is near 0
 
 
 # -- micro-batches that fill up ---------------------------------------------------------------------------------------
