@@ -67,12 +67,13 @@ def tokenizer(tmp_path_factory):
 
 
 WITH_REFERENCE = dict(group=4, beta=0.1, updates_per_rollout=2)
-WITHOUT = dict(group=2, beta=0.0)
-"""Half of the groups teach nothing: ranks are left with different numbers of micro-batches."""
+WITHOUT = dict(group=2, beta=0.0, problems=1)
+"""Half of the groups teach nothing: ranks are left with different numbers of micro-batches. And with one problem to be
+judged by all but one has nothing to generate."""
 
 
-def reinforce_here(folder, layout, tokenizer, **keys):
-    accuracy = Accuracy(Arithmetic("eval", options=grpo.OPTIONS), count=5, max_tokens=6)
+def reinforce_here(folder, layout, tokenizer, problems=5, **keys):
+    accuracy = Accuracy(Arithmetic("eval", options=grpo.OPTIONS), count=problems, max_tokens=6)
     settings = dict(batch=16, micro_batch=2, peak=1e-4, accuracy=accuracy)
     stage = grpo.make(tokenizer, model=MODEL, **{**settings, **keys})
     stage.configure_model()
@@ -103,7 +104,14 @@ def alone(tokenizer, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("name", "keys"), [("ep2", WITH_REFERENCE), ("pp2_v", WITH_REFERENCE), ("ep2", WITHOUT), ("ep2_pp2_v", WITHOUT)]
+    ("name", "keys"),
+    [
+        ("ep2", WITH_REFERENCE),
+        ("pp2_v", WITH_REFERENCE),
+        ("ep2", WITHOUT),
+        ("ep2_edp2", WITHOUT),
+        ("ep2_pp2_v", WITHOUT),
+    ],
 )
 def test_grpo_samples_scores_and_trains_alike(name, keys, alone, tokenizer, tmp_path):
     one = alone[keys["beta"]]
