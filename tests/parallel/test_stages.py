@@ -72,7 +72,7 @@ WITHOUT = dict(group=2, beta=0.0, problems=1)
 judged by all but one has nothing to generate."""
 
 
-def reinforce_here(folder, layout, tokenizer, problems=5, **keys):
+def reinforce_here(folder, layout, tokenizer, problems=5, steps=3, resume=None, **keys):
     accuracy = Accuracy(Arithmetic("eval", options=grpo.OPTIONS), count=problems, max_tokens=6)
     settings = dict(batch=16, micro_batch=2, peak=1e-4, accuracy=accuracy)
     stage = grpo.make(tokenizer, model=MODEL, **{**settings, **keys})
@@ -86,7 +86,7 @@ def reinforce_here(folder, layout, tokenizer, problems=5, **keys):
 
     LitseekStrategy.filled = counted
     try:
-        found = run_here(stage, folder, layout, 3)
+        found = run_here(stage, folder, layout, steps, resume)
     finally:
         LitseekStrategy.filled = filled
     return found | {"rollout": stage.rollout.state_dict(), "blanks": sum(blanks), "gap": stage.sampling_gap}
@@ -125,6 +125,14 @@ def test_grpo_samples_scores_and_trains_alike(name, keys, alone, tokenizer, tmp_
         assert part["gap"] < 1e-5
     assert any(part["blanks"] for part in parts) == (not keys["beta"])
     same(parts, one, atol=1e-6)  # a loss whose advantages cancel is near 0
+
+
+def test_grpo_goes_on_in_the_middle_of_a_rollout_on_another_layout(alone, tokenizer, tmp_path):
+    ranks(2).run(reinforce_here, tmp_path / "ep2", LAYOUTS["ep2"], tokenizer, steps=1, **WITH_REFERENCE)
+    saved = str(tmp_path / "ep2" / "checkpoints" / "step-00000001")
+    run = ranks(2).run(reinforce_here, tmp_path, LAYOUTS["pp2_v"], tokenizer, resume=saved, **WITH_REFERENCE)
+    one = alone[0.1]
+    same(run, one | {key: one[key][1:] for key in ("losses", "norms")}, atol=1e-6)
 
 
 # -- micro-batches that fill up ---------------------------------------------------------------------------------------
