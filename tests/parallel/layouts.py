@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from litseek.callbacks.ema import WeightAverage
-from litseek.parallel.checkpoint import load_weights, resolve_checkpoint
+from litseek.parallel.checkpoint import resolve_checkpoint
 from litseek.parallel.strategy import LitseekStrategy
 from litseek.stages.pretrain import Pretrain
 from tests.ranks import ranks
@@ -54,21 +54,22 @@ def train_here(
     steps: int = 6,
     resume: str | None = None,
     cls: type = Pretrain,
-    parent: Path | None = None,
+    biased: bool = True,
+    parent: Path | str | None = None,
     **keys: Any,
 ) -> dict[str, Any]:
     """On this rank (or in this process alone): what the run gave, and this rank's part of the weights."""
     stage = stage_of(cls, **keys)
     if parent is not None:
-        load_weights(stage, resolve_checkpoint(parent))
-    else:
+        stage.start_from(resolve_checkpoint(parent))
+    if biased:
         stage.configure_model()
         with_biases(stage.model)
     return run_here(stage, folder, layout, steps, resume)
 
 
 def run_here(stage: Any, folder: Path, layout: dict[str, Any], steps: int, resume: str | None = None) -> dict[str, Any]:
-    """The same for a stage that has its weights."""
+    """The same for a stage that is there."""
     seen, average = Norms(), WeightAverage(decay=0.5)
     world = dist.get_world_size() if dist.is_initialized() else 1
     run = trainer(folder, steps, seen, average, strategy=LitseekStrategy(**layout), devices=world)

@@ -38,7 +38,7 @@ def context():
 @pytest.fixture(scope="module")
 def extended(parent, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "context_32k"
-    return folder, train_here(folder, {}, steps=3, parent=parent, **context())
+    return folder, train_here(folder, {}, steps=3, parent=parent, biased=False, **context())
 
 
 @pytest.mark.parametrize("name", ["ep2", "pp2_v", "ep2_pp2_v"])
@@ -46,14 +46,14 @@ def test_context_extension_scores_and_trains_alike(name, parent, extended, tmp_p
     """Also "before", with the parent's frequencies, and "untrained": both are in the results."""
     _, one = extended
     assert {"val/loss_before", "val/loss_untrained", "val/loss"} <= one["results"].keys()
-    same(train(name, tmp_path, steps=3, parent=parent, **context()), one)
+    same(train(name, tmp_path, steps=3, parent=parent, biased=False, **context()), one)
 
 
 @pytest.mark.parametrize("name", ["ep2", "pp2_v"])
 def test_sft_trains_alike(name, extended, tmp_path):
     folder, _ = extended
-    one = train_here(tmp_path / "one", {}, steps=3, parent=folder, **longer(cls=Sft))
-    same(train(name, tmp_path / "two", steps=3, parent=folder, **longer(cls=Sft)), one)
+    one = train_here(tmp_path / "one", {}, steps=3, parent=folder, biased=False, **longer(cls=Sft))
+    same(train(name, tmp_path / "two", steps=3, parent=folder, biased=False, **longer(cls=Sft)), one)
 
 
 # -- GRPO -------------------------------------------------------------------------------------------------------------
@@ -76,7 +76,6 @@ def reinforce_here(folder, layout, tokenizer, problems=5, steps=3, resume=None, 
     accuracy = Accuracy(Arithmetic("eval", options=grpo.OPTIONS), count=problems, max_tokens=6)
     settings = dict(batch=16, micro_batch=2, peak=1e-4, accuracy=accuracy)
     stage = grpo.make(tokenizer, model=MODEL, **{**settings, **keys})
-    stage.configure_model()
     filled, blanks = LitseekStrategy.filled, []
 
     def counted(self, micros, most):

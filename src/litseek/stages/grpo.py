@@ -110,11 +110,15 @@ class Grpo(StageModule):
 
     def _make_reference(self) -> Executor:
         """The model as it was when the stage began, frozen, and cut like the policy."""
-        reference: Transformer = build(self.cfg, self.precision, False, self.seed)
-        if self.parent is not None:
-            load_weights(reference, self.parent)
+        with self._home():
+            reference: Transformer = build(self.cfg, self.precision, False, self.seed)
         phases = reference.phases()[: len(self.phases())]
         self.strategy.team.partition(reference, phases, self.data.seq_len)
+        if self.strategy.spread:
+            group = self.strategy.writer.group
+            self.strategy.team.fill(reference, lambda pieces: self.fill(pieces, group), self.seed)
+        elif self.parent is not None:
+            load_weights(reference, self.parent)
         reference.to(self.device).requires_grad_(False).eval()
         self._reference_head = reference.lm_head.weight
         return self.strategy.executor_of(phases)
