@@ -103,7 +103,7 @@ def test_a_schedule_of_no_length_in_one_half(tmp_path: Path, capsys: pytest.Capt
         (["kind=dualpipe", "microbatches=21"], ["8", "21"]),
         (["kind=dualpipe", "microbatches=10"], ["16", "10"]),
         (["kind=dualpipev", "microbatches=15"], ["16", "15"]),
-        (["kind=dualpipes"], ["dualpipes", "dualpipev"]),
+        (["kind=dualpipes"], ["dualpipes", "dualpipe?"]),
         (["ranks=0"], ["0", "1"]),
         (["microbatches=2.5"], ["2.5", "1"]),
         (["f=-1"], ["-1", "0"]),
