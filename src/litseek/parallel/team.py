@@ -14,6 +14,7 @@ from torch import Tensor
 from litseek.models.transformer import Transformer, build
 from litseek.parallel.dispatch import AllToAllDispatcher
 from litseek.parallel.executor import Executor, Pipeline
+from litseek.parallel.lanes import Lanes
 from litseek.parallel.mesh import Groups, Mesh, Ranks
 from litseek.parallel.partition import Layout, Partition, Placement
 from litseek.parallel.pieces import Piece
@@ -25,7 +26,7 @@ from litseek.parallel.zero import Share, Shares
 class Team:
     """One rank's view of all of them. Made on all ranks alike, since process groups are."""
 
-    def __init__(self, mesh: Mesh, schedule: str | None, timeout: timedelta, device: torch.device) -> None:
+    def __init__(self, mesh: Mesh, schedule: str | None, timeout: timedelta, device: torch.device, sms: int) -> None:
         self.mesh, self.schedule, self.device = mesh, schedule, device
         self.layout = Layout.of(schedule, mesh.pp)
         self.groups = Groups(mesh, timeout)
@@ -34,8 +35,8 @@ class Team:
         if mesh.world > 1:
             if dist.get_backend() != "gloo":
                 host = dist.new_group(backend="gloo", timeout=timeout)
-            self.groups.make("forward", mesh.ep_groups())
-            self.groups.make("backward", mesh.ep_groups())
+            self.groups.make("forward", mesh.ep_groups(), sms)
+            self.groups.make("backward", mesh.ep_groups(), sms)
         self.sums = Sums(mesh, host)
 
     # -- the model ----------------------------------------------------------------------------------------------
@@ -51,8 +52,9 @@ class Team:
 
     def _dispatcher(self, model: Transformer) -> AllToAllDispatcher:
         ranks = next(group for group in self.mesh.ep_groups() if self.mesh.rank in group)
-        groups = [self.groups.get(purpose, ranks) for purpose in ("forward", "backward")]
-        return AllToAllDispatcher(model.cfg.n_routed_experts, *groups, precision=model.precision)
+        forward, backward = (self.groups.get(purpose, ranks) for purpose in ("forward", "backward"))
+        assert forward is not None
+        return AllToAllDispatcher(model.cfg.n_routed_experts, forward, backward, model.precision)
 
     def group(self, replicas: Ranks) -> dist.ProcessGroup | None:
         return self.groups.get("replicas", replicas)
@@ -74,6 +76,26 @@ class Team:
             if len(replicas) > 1:
                 dist.broadcast(tensor.data, replicas[0], group=self.group(replicas))
 
+    @torch.no_grad()
+    def fill(self, model: Transformer, given: Callable[[dict[str, Piece]], bool], seed: int) -> None:
+        """Memory for a part that has none yet, and its numbers: ``given`` fills the pieces, or says that there is
+        nothing to fill them with; then they are drawn, as on one device, where the whole tensor passes through memory."""
+        model.to_empty(device=self.device)
+        for router in model.balance_routers().values():
+            router.e_score_correction_bias.zero_()
+        held = model.state_dict(keep_vars=True)
+        pieces = {name: self._piece(tensor.data, self.placement(name, tensor)) for name, tensor in held.items()}
+        if given(pieces):
+            return
+        for name, parameter in model.named_parameters():
+            place = self.placement(name, parameter)
+            if place.rows == place.shape[0]:
+                model.draw(name, parameter, seed)
+                continue
+            whole = parameter.new_empty(place.shape)
+            model.draw(name, whole, seed)
+            parameter.copy_(whole[place.start : place.start + place.rows])
+
     def shares(self, model: Any, split: bool) -> Shares:
         named = list(model.named_parameters())
         placements = {name: self.placement(name, parameter) for name, parameter in named}
@@ -81,11 +103,16 @@ class Team:
 
     # -- the step -----------------------------------------------------------------------------------------------
 
-    def executor(self, phases: Sequence[Any], chunks: int, recompute: Callable[[str], bool], beside: bool) -> Executor:
+    def executor(
+        self, model: Any, phases: Sequence[Any], chunks: int, recompute: Callable[[str], bool], overlap: bool
+    ) -> Executor:
         if self.plan is None or self.layout.num_stages == 1:
-            return Executor(phases, chunks, recompute, beside)
-        stages = self.plan.stages(phases)
-        return Executor.staged(stages, self.layout.num_stages, recompute, self._pipeline())
+            made = Executor(phases, chunks, recompute, overlap)
+        else:
+            made = Executor.staged(self.plan.stages(phases), self.layout.num_stages, recompute, self._pipeline())
+        if overlap and self.device.type == "cuda":
+            made.lanes = Lanes(self.device, model.parameters)
+        return made
 
     def _pipeline(self) -> Pipeline:
         assert self.schedule is not None and self.plan is not None
@@ -117,11 +144,11 @@ class Team:
 
     def pieces(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor | Piece]:
         """Tensors that lie as the model's of the same names do, for a checkpoint."""
+        if self.plan is None:
+            return dict(tensors)
         return {name: self._piece(tensor, self.placement(name, tensor)) for name, tensor in tensors.items()}
 
-    def _piece(self, tensor: Tensor, place: Placement) -> Tensor | Piece:
-        if self.plan is None:
-            return tensor
+    def _piece(self, tensor: Tensor, place: Placement) -> Piece:
         return Piece(tensor, place.start, place.shape, self.mesh.rank == place.replicas[0])
 
     def state_of(self, share: Share, state: Mapping[str, Any]) -> dict[str, Any]:
