@@ -20,49 +20,24 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from litseek.cli.bench_step import RandomTokens, TrainingStep
+from litseek.cli.bench_step import TrainingStep
 from litseek.cli.compose import compose, make
-from litseek.stages.pretrain import Pretrain
 
 Spans = list[tuple[float, float]]
-COLUMNS = ("arm", "settings", "device", "world", "step_ms", "tokens_per_s_per_gpu", "communication_ms", "hidden_share", "idle_share")
-
-
-class LaidOutStep(TrainingStep):
-    """`TrainingStep` on this rank of a layout: the strategy's own calls, in the order that Lightning makes them."""
-
-    def __init__(self, cfg: Any, device: torch.device) -> None:
-        model, self.strategy = make(cfg.model), make(cfg.strategy)
-        self.data = RandomTokens(model.vocab_size, cfg.data.seq_len)
-        keys = dict(batch=cfg.stage.batch, micro_batch=cfg.stage.micro_batch, compile=cfg.stage.compile)
-        self.stage = Pretrain(model, make(cfg.precision), make(cfg.optim), self.data, **keys)
-        self.stage.configure_model()
-        strategy, world = self.strategy, dist.get_world_size()
-        strategy.cluster_environment = TorchElasticEnvironment()
-        strategy.parallel_devices = [device] * world
-        strategy.set_world_ranks()
-        strategy.connect(self.stage)
-        micros, rest = divmod(cfg.stage.batch, cfg.stage.micro_batch * strategy.dp)
-        if rest:
-            sys.exit(f"stage.batch={cfg.stage.batch} is not a multiple of {cfg.stage.micro_batch} x {strategy.dp} ranks.")
-        self.stage.check_micros(micros)
-        strategy.place()
-        strategy.model_to_device()
-        self.batch = cfg.stage.batch
-        self.optimizer = self.stage.configure_optimizers()
-        self.made, self.done = [], 0
-
-    def prepare(self, steps: int) -> None:
-        """This rank's share of each global batch."""
-        share = self.batch // self.strategy.dp
-        for i in range(self.done, self.done + steps):
-            first = i * self.batch + self.strategy.dp_rank * share
-            rows = [self.data[first + j] for j in range(share)]
-            self.made.append({"rows": rows, "first": i * self.batch, "count": self.batch})
+COLUMNS = (
+    "arm",
+    "settings",
+    "device",
+    "world",
+    "step_ms",
+    "tokens_per_s_per_gpu",
+    "communication_ms",
+    "hidden_share",
+    "idle_share",
+)
 
 
 def union(spans: Spans) -> Spans:
@@ -95,7 +70,8 @@ def common(a: Spans, b: Spans) -> Spans:
 
 
 def communicates(kernel: str) -> bool:
-    return "nccl" in kernel.lower()
+    """NCCL's, or those of `litseek_kernels.all_to_all` that write to other ranks or wait for them."""
+    return "nccl" in kernel.lower() or kernel in ("_send_kernel", "_wait_kernel")
 
 
 def kernels_of(trace: dict[str, Any]) -> dict[str, Spans]:
@@ -137,7 +113,7 @@ def draw(ranks: list[dict[str, Spans]], title: str, file: Path) -> None:
     FigureCanvasAgg(figure).print_png(str(file))
 
 
-def profiled(step: LaidOutStep, device: torch.device) -> dict[str, Spans]:
+def profiled(step: TrainingStep, device: torch.device) -> dict[str, Spans]:
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
         step()
@@ -148,7 +124,7 @@ def profiled(step: LaidOutStep, device: torch.device) -> dict[str, Spans]:
         return kernels_of(json.loads(file.read_text(encoding="utf-8")))
 
 
-def timed(step: LaidOutStep, warmup: int, steps: int, device: torch.device) -> float:
+def timed(step: TrainingStep, warmup: int, steps: int, device: torch.device) -> float:
     """Median ms of steps that all ranks start together."""
     found = []
     for _ in range(warmup + steps):
@@ -170,15 +146,18 @@ def main() -> None:
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
     cfg = compose("train", (f"experiment=overlap/{arm}", *settings)).cfg
-    step, warmup, steps = LaidOutStep(cfg, device), int(own["warmup"]), int(own["steps"])
+    world, warmup, steps = int(os.environ["WORLD_SIZE"]), int(own["warmup"]), int(own["steps"])
+    if cfg.stage.batch % world:
+        sys.exit(f"stage.batch={cfg.stage.batch} is not a multiple of the {world} ranks.")
+    shape = dict(batch=cfg.stage.batch // world, micro_batch=cfg.stage.micro_batch, seq_len=cfg.data.seq_len)
+    parts = [make(part) for part in (cfg.model, cfg.precision, cfg.optim, cfg.strategy)]
+    step = TrainingStep(*parts, **shape, device=device, compile=cfg.stage.compile)
     step.prepare(warmup + steps + 1)
     ms = timed(step, warmup, steps, device)
-    world = dist.get_world_size()
     row: dict[str, Any] = {"arm": arm, "settings": " ".join(settings), "world": world, "step_ms": round(ms, 3)}
     row["device"] = torch.cuda.get_device_name(device) if cuda else "cpu"
-    row["tokens_per_s_per_gpu"] = round(step.batch * step.data.seq_len / ms * 1e3 / world)
+    row["tokens_per_s_per_gpu"] = round(cfg.stage.batch * cfg.data.seq_len / ms * 1e3 / world)
     ranks: list[Any] = [None] * world
     dist.all_gather_object(ranks, profiled(step, device) if cuda else None)
     if dist.get_rank() == 0:

@@ -30,7 +30,9 @@ def draw(line: Timeline, file: Path) -> None:
     per_unit = 72 * width / line.time
     row = 34 if s.ranks <= 16 else 20
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(width + 1.0, s.ranks * row / 72 + 1.3), dpi=DOTS, facecolor=PAPER, layout="constrained")
+        figure = Figure(
+            figsize=(width + 1.0, s.ranks * row / 72 + 1.3), dpi=DOTS, facecolor=PAPER, layout="constrained"
+        )
         axes = figure.add_subplot()
         for event in line.events:
             _box(axes, line, event, per_unit, row)
@@ -45,7 +47,7 @@ def draw(line: Timeline, file: Path) -> None:
             f"{s.kind}: {counted(s.ranks, 'rank')}, {counted(s.num_stages, 'stage')}, "
             f"{counted(s.micros, 'micro-batch', 'es')}, bubble {share:.1f}%"
         )
-        figure.legend(handles=_legend(line), loc="outside lower center", ncols=7)
+        figure.legend(handles=_legend(line), loc="outside lower center", ncols=7 if width > 12 else 4)
         FigureCanvasAgg(figure).print_png(str(file))
 
 
@@ -71,7 +73,15 @@ def _box(axes: Axes, line: Timeline, event: Event, per_unit: float, row: float) 
         text = str(part.micro)
         size = min(0.62 * height * row, 0.86 * per_unit * length / (0.64 * len(text)), 9)
         if size >= 3.5:
-            axes.text(event.start + length / 2, top + height / 2, text, size=size, ha="center", va="center_baseline", color=INK)
+            axes.text(
+                event.start + length / 2,
+                top + height / 2,
+                text,
+                size=size,
+                ha="center",
+                va="center_baseline",
+                color=INK,
+            )
     if len(event.parts) > 1:
         axes.add_patch(
             Rectangle((event.start, event.rank - 0.43), length, 0.86, fill=False, edgecolor=INK, linewidth=0.9)
