@@ -2,11 +2,10 @@
 
     PYTHONPATH=kernels torchrun --nproc-per-node 2 kernels/bench/all_to_all.py [--out FILE]
 
-Prints one JSON object a row and appends it to FILE. Times are medians over replays of a captured graph, the slowest rank's.
+Prints one JSON object a row and appends it to FILE. Times are medians, the slowest rank's, and over replays of a captured
+graph unless the row says otherwise.
 GB/s are what a GPU sends to others. "put" ends when the rows lie at the peer, which every exchange waits for.
 """
-
-from __future__ import annotations
 
 import argparse
 import faulthandler
@@ -14,12 +13,11 @@ import itertools
 import json
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -38,6 +36,8 @@ SPINS = 1 << 22
 POISON = 85
 D, K, E = 7168, 8, 64
 PROGRAMS = 8, 16, 20, 32, 64
+TILES = (16, 512, 8), (16, 512, 32), (32, 512, 16), (64, 256, 16), (8, 1024, 16), (8, 512, 8), (8, 512, 16)
+"""Rows, 32-bit words of each and warps of a send; for few tokens a quarter of the rows and four times the words."""
 
 
 def rows() -> Iterator[dict[str, Any]]:
@@ -55,7 +55,7 @@ class Node:
     peers: Tensor
 
     @classmethod
-    def make(cls, nbytes: int) -> Node:
+    def make(cls, nbytes: int) -> Self:
         import torch.distributed._symmetric_memory as symmetric
 
         memory = symmetric.empty(nbytes, dtype=torch.uint8, device="cuda")
@@ -94,7 +94,7 @@ class Data:
     weight: list[Tensor]
 
     @classmethod
-    def make(cls, seed: int, counts: list[int], hidden: int, top_k: int, experts: int, last: bool = False) -> Data:
+    def make(cls, seed: int, counts: list[int], hidden: int, top_k: int, experts: int, last: bool = False) -> Self:
         g = torch.Generator("cuda").manual_seed(seed)
         made = cls([], [], [])
         for count in counts:
@@ -234,27 +234,35 @@ def timed(run: Callable[[], Any], times: int) -> float:
     return float(slowest)
 
 
+@dataclass
+class Load:
+    """This rank's tokens of a timed exchange."""
+
+    shape: str
+    x: Tensor
+    expert: Tensor
+    weight: Tensor
+    to: Tensor
+    """(W, T) bool: whether a token has an expert at a rank."""
+    moved: int
+    """Rows that leave."""
+
+    @classmethod
+    def make(cls, node: Node, tokens: int) -> Self:
+        data, W, me = Data.make(tokens, [tokens] * node.world, D, K, E), node.world, node.rank
+        to = torch.stack([((data.expert[me] // (E // W)) == d).any(1) for d in range(W)])
+        moved = int(to.sum()) - int(to[me].sum())
+        return cls(f"{tokens} x {D} top {K} of {E}, {W} ranks", data.x[me], data.expert[me], data.weight[me], to, moved)
+
+    def row(self, name: str, ms: float, itemsize: int, note: str = "in a graph") -> dict[str, Any]:
+        speed = self.moved * D * itemsize / ms / 1e6
+        return dict(op="all_to_all", shape=self.shape, implementation=name, ms=ms, value=speed, unit="GB/s", note=note)
+
+
 def times(node: Node, tokens: int, sweep: tuple[int, ...]) -> Iterator[dict[str, Any]]:
-    shape = f"{tokens} x {D} top {K} of {E}, {node.world} ranks"
-    L, me, W = E // node.world, node.rank, node.world
-    data = Data.make(tokens, [tokens] * W, D, K, E)
-    x, expert, weight = data.x[me], data.expert[me], data.weight[me]
-    to = torch.stack([((expert // L) == d).any(1) for d in range(W)])  # (W, T)
-    moved = int(to.sum()) - int(to[me].sum())
-    held = W * tokens * K
-
-    def row(name: str, ms: float, itemsize: int, note: str = "") -> dict[str, Any]:
-        speed = moved * D * itemsize / ms / 1e6
-        return {
-            "op": "all_to_all",
-            "shape": shape,
-            "implementation": name,
-            "ms": ms,
-            "value": speed,
-            "unit": "GB/s",
-            "note": note,
-        }
-
+    load = Load.make(node, tokens)
+    x, expert, weight, row, L = load.x, load.expert, load.weight, load.row, E // node.world
+    held = node.world * tokens * K
     codes, scales = quantise_rows(x, power_of_two=True)
     scale = scales.t().contiguous()
     for programs in sweep:
@@ -297,16 +305,43 @@ def times(node: Node, tokens: int, sweep: tuple[int, ...]) -> Iterator[dict[str,
                 op.wait(buffers)
 
             yield row("gradient of combine BF16, put, 20 programs", graph_ms(bf16), 2)
-            yield row("dispatch FP8, put, 20 programs, without a graph", timed(put, 50), 1)
+            yield row("dispatch FP8, put, 20 programs", timed(put, 50), 1, "without a graph")
+            yield row("combine BF16, put, 20 programs", timed(back, 50), 2, "without a graph")
         in_time(buffers)
         del out, sums
-    yield from nccl(node, row, to, {"FP8": codes.view(torch.uint8), "BF16": x})
 
 
-def nccl(
-    node: Node, row: Callable[..., dict[str, Any]], to: Tensor, payloads: dict[str, Tensor]
-) -> Iterator[dict[str, Any]]:
+def tiles(node: Node, tokens: int, tried: tuple[tuple[int, int, int], ...]) -> Iterator[dict[str, Any]]:
+    """What a program of a send moves at a time, and with how many warps; the first is the default."""
+    load, L = Load.make(node, tokens), E // node.world
+    codes, scales = quantise_rows(load.x, power_of_two=True)
+    scale = scales.t().contiguous()
+    default = op._ROWS, op._PIECE, op._WARPS
+    for few in (default, *tried):
+        op._ROWS, op._PIECE, op._WARPS = few
+        buffers = node.buffers(tokens, K, D, 20)
+
+        def put(buffers: Buffers = buffers) -> None:
+            op.send(buffers, codes, load.expert, L, load.weight, scale)
+            op.wait(buffers)
+
+        def bf16(buffers: Buffers = buffers) -> None:
+            op.send(buffers, load.x, load.expert, L, choices=False)
+            op.wait(buffers)
+
+        name = "put, 20 programs, {} rows x {} words, {} warps".format(*few)
+        yield load.row(f"FP8 {name}", graph_ms(put), 1)
+        yield load.row(f"BF16 {name}", graph_ms(bf16), 2)
+        in_time(buffers)
+    op._ROWS, op._PIECE, op._WARPS = default
+
+
+def nccl(node: Node, tokens: int, captured: bool) -> Iterator[dict[str, Any]]:
     """all_to_all_single of the same rows, a token once a rank, counts known to the host."""
+    load = Load.make(node, tokens)
+    to, row = load.to, load.row
+    codes, _ = quantise_rows(load.x, power_of_two=True)
+    payloads = {"FP8": codes.view(torch.uint8), "BF16": load.x}
     sent = to.sum(1)
     received = torch.empty_like(sent)
     dist.all_to_all_single(received, sent)
@@ -325,15 +360,9 @@ def nccl(
         for what, run in (("", exchange), (", with the permutation before it", permuted)):
             for _ in range(3):
                 run()
-            yield row(
-                f"NCCL all_to_all_single of {name} rows{what}", timed(run, 30), payload.itemsize, "without a graph"
-            )
-            try:
-                ms = graph_ms(run)
-            except RuntimeError as error:
-                print(f"NCCL in a graph: {str(error)[:200]}", file=sys.stderr, flush=True)
-                continue
-            yield row(f"NCCL all_to_all_single of {name} rows{what}", ms, payload.itemsize, "in a graph")
+            ms = graph_ms(run) if captured else timed(run, 30)
+            note = "in a graph" if captured else "without a graph"
+            yield row(f"NCCL all_to_all_single of {name} rows{what}", ms, payload.itemsize, note)
 
 
 def main() -> None:
@@ -364,8 +393,11 @@ def main() -> None:
              "note": f"{time.time() - start:.0f} s in"})  # fmt: skip
     for programs in (1, 8, 64):
         check(node, 100, programs=programs)
-    for tokens, sweep in ((4096, PROGRAMS), (256, (8, 20, 32))):
-        for row in times(node, tokens, sweep):
+    timings = [times(node, 4096, PROGRAMS), times(node, 256, (8, 20, 32))]
+    timings += [nccl(node, tokens, captured) for captured in (False, True) for tokens in (4096, 256)]
+    timings += [tiles(node, tokens, TILES) for tokens in (4096, 256)]
+    for timing in timings:
+        for row in timing:
             say(row)
     say({"op": "all_to_all", "implementation": "done", "note": f"{time.time() - start:.0f} s"})
     meet()
