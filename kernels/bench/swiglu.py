@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from litseek_kernels.layout import padded_capacity, row_layout
 from litseek_kernels.ref import swiglu as ref
-from litseek_kernels.swiglu import swiglu, swiglu_backward_quantise, swiglu_quantise
+from litseek_kernels.swiglu import swiglu
+from litseek_kernels.swiglu_fp8 import swiglu_backward_quantise, swiglu_quantise
 from litseek_kernels.testing import median_ms, uneven_counts
 
 SHAPES = ((64, 196608, 768), (32, 65536, 2048))

@@ -30,6 +30,7 @@ from litseek_kernels.e4m3 import (
     to_e4m3,
 )
 from litseek_kernels.layout import TILE, Layout
+from litseek_kernels.quantise_pairs import quantise_pairs, takes
 from litseek_kernels.ref import quantise as ref
 from litseek_kernels.ref.quantise import BLOCK, E4M3, block_grid
 
@@ -119,6 +120,9 @@ def _quantise(
     codes, scale, codes_t, scale_t = out
     M, K = _rows_out(x, tile_begin, index), x.shape[1]
     if M == 0 or K == 0:
+        return out
+    if rows and columns and x_scale is None and takes(x, M):
+        quantise_pairs(x, tile_begin, tile_count, index, power_of_two, out)
         return out
     if x.stride(1) != 1 or x_scale is not None:
         x = x.contiguous()

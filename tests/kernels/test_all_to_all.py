@@ -191,7 +191,9 @@ def test_a_peer_that_does_not_send_is_noticed(device):
 def test_what_does_not_fit_is_refused(device):
     node = Node(2, 4, 2, 16, 2, device)
     expert = tokens_of("fit", 2, 4, 2, 4, device)[0]
-    with pytest.raises(ValueError, match=r"room for 4 tokens of 16 numbers of 2 bytes with 2 choices each, got \(4, 32\)"):
+    with pytest.raises(
+        ValueError, match=r"room for 4 tokens of 16 numbers of 2 bytes with 2 choices each, got \(4, 32\)"
+    ):
         op.send(node.ranks[0], torch.randn(4, 32, device=device).bfloat16(), expert, 2)
     with pytest.raises(ValueError, match=r"got \(4, 16\) torch.float32"):
         op.send(node.ranks[0], torch.randn(4, 16, device=device), expert, 2)

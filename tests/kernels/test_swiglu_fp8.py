@@ -7,7 +7,7 @@ import torch
 from litseek_kernels.layout import padded_capacity, row_layout
 from litseek_kernels.ref import swiglu as ref
 from litseek_kernels.ref.quantise import dequantise_rows, quantise_rows
-from litseek_kernels.swiglu import swiglu_backward_quantise, swiglu_quantise
+from litseek_kernels.swiglu_fp8 import swiglu_backward_quantise, swiglu_quantise
 from litseek_kernels.testing import relative_error
 
 COUNTS = {"ugly": [3, 0, 130, 1], "all to one": [0, 200, 0]}

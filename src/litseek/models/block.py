@@ -84,9 +84,15 @@ class Block(nn.Module):
         return [
             Phase(f"{prefix}.attend", attend, (*attention, self.mlp.gate)),
             Phase(f"{prefix}.dispatch", self._dispatch, (), self._announce),
-            Phase(f"{prefix}.experts", self.wrap(self._experts), (self.mlp.experts, *shared)),
+            Phase(f"{prefix}.experts", self._experts_phase(), (self.mlp.experts, *shared)),
             Phase(f"{prefix}.combine", partial(self._combine, add=self.wrap(_sum)), ()),
         ]
+
+    def _experts_phase(self) -> Callable[[State, MicroBatch | None], State]:
+        """Compiled where the number of rows is always the same; between ranks each one would be compiled anew."""
+        if isinstance(self.dispatcher, LocalDispatcher):
+            return self.wrap(self._experts)
+        return partial(self._experts, shared=self.wrap(self._shared))
 
     def compile_phases(self) -> None:
         """torch.compile for the phases that are more than a kernel and talk to nobody; inference stays as it is."""
@@ -129,13 +135,19 @@ class Block(nn.Module):
         weight = self.dispatcher.row_weights(plan)
         return {**rest, "rows": rows, "count": count, "weight": weight, "plan": plan.with_weight(None)}
 
-    def _experts(self, state: State, micro: MicroBatch | None) -> State:
+    def _experts(
+        self, state: State, micro: MicroBatch | None, shared: Callable[[Tensor], Tensor] | None = None
+    ) -> State:
         assert isinstance(self.mlp, MoE)
         rest = {k: v for k, v in state.items() if k not in ("u", "count", "weight")}
         rest["rows"] = self.mlp.experts(state["rows"], state["count"], state["weight"])
         if self.mlp.shared_experts is not None:
-            rest["shared"] = self.mlp.shared_experts(state["u"])
+            rest["shared"] = (shared or self._shared)(state["u"])
         return rest
+
+    def _shared(self, u: Tensor) -> Tensor:
+        assert isinstance(self.mlp, MoE) and self.mlp.shared_experts is not None
+        return self.mlp.shared_experts(u)
 
     def _combine(self, state: State, micro: MicroBatch | None, add: Callable[..., Tensor] | None = None) -> State:
         used = ("rows", "plan", "shared")

@@ -187,7 +187,7 @@ class Executor:
         self, micros: Sequence[MicroBatch], head: Callable[[State, MicroBatch], Any], until: str | None = None
     ) -> list[Any]:
         """`head(state, micro)` of each micro-batch, without gradients: validation and scoring. None for a micro-batch
-        whose last stage lies elsewhere.
+        whose last stage lies elsewhere, and for a blank one.
 
         ``until`` names the last phase to run; "norm" leaves the MTP depths out.
         """
@@ -213,7 +213,7 @@ class Executor:
                 if phase.name == until:
                     break
             if stage == last:
-                answers[m] = head(state, micros[m])
+                answers[m] = None if micros[m].blank else head(state, micros[m])
             else:
                 states[stage + 1, m] = state
         if self.pipeline is not None:

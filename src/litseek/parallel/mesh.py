@@ -78,6 +78,10 @@ class Mesh:
         """Every group of ranks that share one set of experts."""
         return [tuple(range(first, first + self.ep)) for first in range(0, self.world, self.ep)]
 
+    def neighbours(self) -> list[Ranks]:
+        """Every two ranks that follow each other in a pipeline."""
+        return [(rank, rank + self.dp) for rank in range(self.world - self.dp)] if self.pp > 1 else []
+
 
 class Groups:
     """Process groups by their ranks. All ranks ask for the same ones in the same order; a lone rank needs none."""

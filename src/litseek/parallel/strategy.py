@@ -31,11 +31,11 @@ from litseek.parallel import preempt, storage
 from litseek.parallel.executor import EXCHANGE, Executor, HeadLoss, StepResult, talks
 from litseek.parallel.launch import Launcher
 from litseek.parallel.mesh import Mesh
-from litseek.parallel.schedule import KINDS, make_schedule
+from litseek.parallel.schedule import KINDS, fewest_micros, make_schedule
 from litseek.parallel.sums import Sums
 from litseek.parallel.team import Team
 from litseek.parallel.writer import CheckpointWriter
-from litseek.parallel.zero import Shares
+from litseek.parallel.zero import Share, Shares
 
 RECOMPUTED = ("attend", "dispatch", "experts", "combine", "all")
 
@@ -147,6 +147,14 @@ class LitseekStrategy(ParallelStrategy):
     @property
     def sums(self) -> Sums:
         return self.team.sums
+
+    def filled(self, micros: Sequence[MicroBatch], most: int) -> list[MicroBatch]:
+        """This rank's micro-batches and as many blank ones as it takes to run them: ranks that share experts run as many
+        as the one with ``most``, and a schedule has its own wishes."""
+        wanted = most if self.ep > 1 else len(micros)
+        if self.schedule is not None:
+            wanted = fewest_micros(self.schedule, self.pp, wanted)
+        return [*micros, *(micros[0].blanked() for _ in range(wanted - len(micros)))]
 
     def check_micros(self, micros: int) -> None:
         """ValueError unless the schedule runs so many micro-batches a step."""
@@ -344,7 +352,7 @@ class LitseekStrategy(ParallelStrategy):
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The optimizer's state under parameter names instead of numbers."""
-        shares = {share.part: share for share in self.shares.shares}
+        shares: dict[Any, Share] = {share.part: share for share in self.shares.shares}
         return {
             "state": {shares[p].name: self.team.state_of(shares[p], state) for p, state in optimizer.state.items()},
             "param_groups": [

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from litseek.inference.engine import Engine
 from litseek.models.transformer import Transformer, build
 from litseek.parallel.dispatch import AllToAllDispatcher
 from litseek.parallel.executor import Executor, Pipeline
@@ -37,6 +38,8 @@ class Team:
                 host = dist.new_group(backend="gloo", timeout=timeout)
             self.groups.make("forward", mesh.ep_groups(), sms)
             self.groups.make("backward", mesh.ep_groups(), sms)
+            self.groups.make("down", mesh.neighbours())
+            self.groups.make("up", mesh.neighbours())
         self.sums = Sums(mesh, host)
 
     # -- the model ----------------------------------------------------------------------------------------------
@@ -51,10 +54,13 @@ class Team:
         self.plan.apply(model, partial(self._dispatcher, model) if self.mesh.ep > 1 else None)
 
     def _dispatcher(self, model: Transformer) -> AllToAllDispatcher:
-        ranks = next(group for group in self.mesh.ep_groups() if self.mesh.rank in group)
+        ranks = self._ep_ranks()
         forward, backward = (self.groups.get(purpose, ranks) for purpose in ("forward", "backward"))
         assert forward is not None
         return AllToAllDispatcher(model.cfg.n_routed_experts, forward, backward, model.precision)
+
+    def _ep_ranks(self) -> Ranks:
+        return next(group for group in self.mesh.ep_groups() if self.mesh.rank in group)
 
     def group(self, replicas: Ranks) -> dist.ProcessGroup | None:
         return self.groups.get("replicas", replicas)
@@ -117,14 +123,37 @@ class Team:
     def _pipeline(self) -> Pipeline:
         assert self.schedule is not None and self.plan is not None
         ranks = [self.mesh.at(place) for place in range(self.mesh.pp)]
-        transport = PeerToPeer(ranks, None, self.plan.width, self.plan.dtype, self.device)
+
+        def channel(source: int, target: int) -> dist.ProcessGroup | None:
+            pair = ranks[min(source, target)], ranks[max(source, target)]
+            return self.groups.get("down" if source < target else "up", pair)
+
+        transport = PeerToPeer(ranks, channel, self.plan.width, self.plan.dtype, self.device)
         return Pipeline(self.schedule, self.mesh.pp, self.mesh.pp_rank, transport)
 
-    # -- a whole model ------------------------------------------------------------------------------------------
+    # -- generation ---------------------------------------------------------------------------------------------
+
+    def engine(self, model: Transformer) -> Engine:
+        """Generates with the model's present weights, on all ranks at once, each for prompts of its own.
+
+        Experts stay where they are and ranks keep pace; what a pipeline has cut is gathered into a copy, which lives as
+        long as the engine.
+        """
+        if self.mesh.pp > 1:
+            copy = self.whole(model)
+            copy.attach()
+            return Engine(copy)
+        return Engine(model, pace=self._pace if self.mesh.ep > 1 else None)
+
+    def _pace(self, active: bool) -> bool:
+        """Whether any rank that shares the experts is active."""
+        flag = torch.tensor(float(active), device=self.device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.groups.get("forward", self._ep_ranks()))
+        return bool(flag)
 
     @torch.no_grad()
     def whole(self, model: Transformer) -> Transformer:
-        """A copy of the model that holds everything, on every rank: for generation where a pipeline has cut it.
+        """A copy of the model that holds everything, on every rank.
 
         Rows travel tensor by tensor from one of their holders to all ranks.
         """

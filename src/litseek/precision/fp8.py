@@ -11,6 +11,7 @@ Letters: M rows, N out, K in, R rows of experts, E experts, D model, F hidden, G
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,10 +21,11 @@ from litseek_kernels.grouped_gemm import grouped_mm_fp8
 from litseek_kernels.grouped_wgrad import grouped_wgrad_fp8
 from litseek_kernels.layout import TILE, Layout, padded_capacity, row_layout
 from litseek_kernels.quantise import quantise_both, quantise_rows, quantise_weight, requantise_transposed
-from litseek_kernels.swiglu import swiglu_backward_quantise, swiglu_quantise
+from litseek_kernels.swiglu_fp8 import swiglu_backward_quantise, swiglu_quantise
 from torch import Tensor, nn
 
 from litseek.copies import version_of
+from litseek.deferral import splits, weight_gradient
 from litseek.precision.high import BF16, Linear
 
 HIGH = ("head", "mtp")
@@ -185,6 +187,15 @@ def _parts(M: int, N: int, K: int) -> int:
     return best
 
 
+def _leaves(*weights: Tensor) -> tuple[Tensor | None, ...]:
+    """The masters, where their gradients may be put off."""
+    return weights if splits() else (None,) * len(weights)
+
+
+def _of_weight(leaf: Tensor | None, compute: Callable[[], Tensor]) -> Tensor | None:
+    return compute() if leaf is None else weight_gradient(leaf, compute)
+
+
 class _Product(torch.autograd.Function):
     """(M, N) of BF16 rows (M, K), M a multiple of 128, and a master (N, K) given with its codes."""
 
@@ -192,7 +203,7 @@ class _Product(torch.autograd.Function):
     def forward(
         ctx: Any, rows_MK: Tensor, weight: Tensor, turned: bool, codes: Tensor, scale: Tensor, codes_t: Tensor
     ) -> Tensor:
-        ctx.turned = turned
+        ctx.turned, ctx.leaves = turned, _leaves(weight)
         if turned:
             rows, rows_scale = quantise_rows(rows_MK, power_of_two=True)
             kept = [rows, rows_scale]
@@ -208,7 +219,8 @@ class _Product(torch.autograd.Function):
             rows_t, rows_scale_t = requantise_transposed(rows_t, rows_scale_t)
         grad, grad_scale, grad_t, grad_scale_t = quantise_both(grads[0].contiguous())
         grad_rows = _dense(grad, grad_scale, codes_t, scale.t())
-        return grad_rows, _dense_wgrad(grad_t, grad_scale_t, rows_t, rows_scale_t), None, None, None, None
+        operands = grad_t, grad_scale_t, rows_t, rows_scale_t
+        return grad_rows, _of_weight(ctx.leaves[0], lambda: _dense_wgrad(*operands)), None, None, None, None
 
 
 class _Products(torch.autograd.Function):
@@ -217,7 +229,7 @@ class _Products(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows_MK: Tensor, count: int, *weights_and_codes: Tensor) -> tuple[Tensor, ...]:
         rows, rows_scale, *kept = quantise_both(rows_MK)
-        codes = weights_and_codes[count:]
+        codes, ctx.leaves = weights_and_codes[count:], _leaves(*weights_and_codes[:count])
         ctx.save_for_backward(*kept, *codes[1::3], *codes[2::3])
         return tuple(_dense(rows, rows_scale, *codes[3 * i : 3 * i + 2]) for i in range(count))
 
@@ -225,11 +237,12 @@ class _Products(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         rows_t, rows_scale_t, *codes = ctx.saved_tensors
         count, grad_rows, grad_weights = len(grads), None, []
-        for one, scale, codes_t in zip(grads, codes[:count], codes[count:]):
+        for one, leaf, scale, codes_t in zip(grads, ctx.leaves, codes[:count], codes[count:]):
             grad, grad_scale, grad_t, grad_scale_t = quantise_both(one.contiguous())
             part = _dense(grad, grad_scale, codes_t, scale.t())
             grad_rows = part if grad_rows is None else grad_rows + part
-            grad_weights.append(_dense_wgrad(grad_t, grad_scale_t, rows_t, rows_scale_t))
+            operands = grad_t, grad_scale_t, rows_t, rows_scale_t
+            grad_weights.append(_of_weight(leaf, partial(_dense_wgrad, *operands)))
         return grad_rows, None, *grad_weights, *(None,) * (3 * count)
 
 
@@ -241,14 +254,16 @@ class _Experts(torch.autograd.Function):
         ctx: Any, rows_RD: Tensor, gate_up: Tensor, down: Tensor, weight_R: Tensor | None, *codes_and_layout: Tensor
     ) -> Tensor:
         up, low, layout = Codes(*codes_and_layout[:3]), Codes(*codes_and_layout[3:6]), Layout(*codes_and_layout[6:])
+        ctx.leaves = _leaves(gate_up, down)
         out, kept = _forward(rows_RD, weight_R, up, low, layout, layout)
         ctx.save_for_backward(*kept)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_rows, grad_up, grad_down, grad_weight = _backward(grads[0], ctx.saved_tensors, padded=True)
-        return grad_rows, grad_up, grad_down, grad_weight, *(None,) * 10
+        grad_rows, of_up, of_down, grad_weight = _backward(grads[0], ctx.saved_tensors, padded=True)
+        gate_up, down = ctx.leaves
+        return grad_rows, _of_weight(gate_up, of_up), _of_weight(down, of_down), grad_weight, *(None,) * 10
 
 
 class _FeedForward(torch.autograd.Function):
@@ -257,14 +272,24 @@ class _FeedForward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows_MD: Tensor, gate: Tensor, up: Tensor, down: Tensor, *codes: Tensor) -> Tensor:
         stacked, low = (Codes(*(part[None] for part in three)) for three in (codes[:3], codes[3:]))
+        ctx.leaves = _leaves(gate, up, down)
         out, kept = _forward(rows_MD, None, stacked, low, None, _one_expert(rows_MD))
         ctx.save_for_backward(*kept)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_rows, grad_up, grad_down, _ = _backward(grads[0], ctx.saved_tensors, padded=False)
-        return grad_rows, *grad_up.chunk(2), grad_down, *(None,) * 6
+        grad_rows, of_both, of_down, _ = _backward(grads[0], ctx.saved_tensors, padded=False)
+        gate, up, down = ctx.leaves
+        halves: list[Tensor] = []  # gate's comes first and leaves up's here
+
+        def of_gate() -> Tensor:
+            grad_gate, grad_up = of_both().chunk(2)
+            halves.append(grad_up)
+            return grad_gate
+
+        grad_gate, grad_up = _of_weight(gate, of_gate), _of_weight(up, halves.pop)
+        return grad_rows, grad_gate, grad_up, _of_weight(down, of_down), *(None,) * 6
 
 
 def _stacked(gate: Codes, up: Codes) -> Codes:
@@ -296,8 +321,10 @@ def _forward(
     return out, (rows_t, rows_scale_t, kept, kept_scale, weight_R, *weights, *layout)
 
 
-def _backward(grad_RD: Tensor, kept: tuple[Tensor, ...], padded: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of the rows, of gate and up, of down, and of the gate's weights."""
+def _backward(
+    grad_RD: Tensor, kept: tuple[Tensor, ...], padded: bool
+) -> tuple[Tensor, Callable[[], Tensor], Callable[[], Tensor], Tensor | None]:
+    """Gradients of the rows, then what makes those of gate and up and of down, and of the gate's weights."""
     rows_t, rows_scale_t, hidden, hidden_scale, weight_R, up_scale, up_codes_t, down_scale, down_codes_t = kept[:9]
     layout = Layout(*kept[9:])
     padding = layout if padded else None
@@ -305,10 +332,10 @@ def _backward(grad_RD: Tensor, kept: tuple[Tensor, ...], padded: bool) -> tuple[
     grad_act = grouped_mm_fp8(grad, grad_scale, down_codes_t, down_scale.transpose(1, 2), layout.tile_expert)
     made = swiglu_backward_quantise(hidden, hidden_scale, grad_act, layout=padding, weight_R=weight_R)
     wgrad = partial(grouped_wgrad_fp8, padded_start_E=layout.padded_start_E) if padded else _dense_wgrad
-    grad_down = wgrad(grad_t, grad_scale_t, made.activation_t, made.activation_scale_t)
+    of_down = partial(wgrad, grad_t, grad_scale_t, made.activation_t, made.activation_scale_t)
     compact = (layout.tile_begin, layout.tile_count, grad_RD.shape[0]) if padded else None
     grad_rows = grouped_mm_fp8(
         made.codes, made.scale, up_codes_t, up_scale.transpose(1, 2), layout.tile_expert, compact=compact
     )
-    grad_up = wgrad(made.codes_t, made.scale_t, rows_t, rows_scale_t)
-    return grad_rows, grad_up, grad_down, made.weight
+    of_up = partial(wgrad, made.codes_t, made.scale_t, rows_t, rows_scale_t)
+    return grad_rows, of_up, of_down, made.weight

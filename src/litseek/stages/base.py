@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from litseek.callbacks.progress import Progress
 from litseek.data.batch import IGNORE, MicroBatch
 from litseek.data.sources import gzip_bits_per_byte, xz_bits_per_byte
 from litseek.errors import LitseekError
+from litseek.inference.engine import Engine
 from litseek.losses import linear_cross_entropy, mtp_loss
 from litseek.models.config import DeepSeekV3Config
 from litseek.models.transformer import Transformer, build
@@ -330,6 +331,14 @@ class StageModule(pl.LightningModule):
         self.model.train()
         scores.reduce(self.strategy.sum, self.device)
         return scores
+
+    @contextmanager
+    def generating(self) -> Iterator[Engine]:
+        """An engine with the present weights. All ranks must ask for it and `generate` equally often, each its share."""
+        self.model.attach()  # or FP8 would quantise every weight for every token, and compiled phases see old ones
+        self.model.eval()
+        yield self.strategy.team.engine(self.model)
+        self.model.train()
 
     def measured(self, scores: Scores, reduced: bool = False) -> dict[str, float]:
         """val/loss, and against the bytes of the text where the data knows them."""
