@@ -26,6 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from litseek_kernels.device import multiprocessors
+from litseek_kernels.operator import operator
 from litseek_kernels.ref import grouped_gemm as ref
 from litseek_kernels.ref.grouped_gemm import TILE
 
@@ -76,7 +77,7 @@ def mm_fp8(
     return grouped_mm_fp8(codes_MK, scale_kM, weight_NK[None], weight_scale_nk[None], tile_expert, out_dtype=out_dtype)
 
 
-@torch.library.custom_op("litseek::grouped_mm_fp8", mutates_args=())
+@operator("litseek::grouped_mm_fp8")
 def _grouped_mm_op(
     codes: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, tile_expert: Tensor, out_dtype: torch.dtype,
     tile_begin: Tensor | None, tile_count: Tensor | None, rows: int, promote: bool = True,

@@ -104,7 +104,7 @@ def test_rows_arrive_sorted_and_sums_come_back(case, dtype, device):
         x = [torch.randn(len(e), D, device=device).to(dtype) for e in expert]
         weight = [torch.rand(len(e), K, device=device) for e in expert]
         found = node.dispatch(x, expert, weight, L, capacity)
-        for (rows, count, weight_R, position), wanted, r in zip(
+        for (rows, count, weight_R, _), wanted, r in zip(
             found, ref.dispatch(x, expert, weight, L, capacity), range(world)
         ):
             assert torch.equal(count, wanted[1])
@@ -171,7 +171,7 @@ def test_rows_past_the_capacity_are_counted_and_not_written(capacity, device):
     x = [torch.randn(T, D, device=device) for _ in expert]
     weight = [torch.rand(T, K, device=device) for _ in expert]
     found = node.dispatch(x, expert, weight, L, capacity)
-    for r, (rows, count, weight_R, position) in enumerate(found):
+    for r, (rows, count, _, position) in enumerate(found):
         wanted = ref.dispatch(x, expert, weight, L, capacity)[r]
         assert torch.equal(count, wanted[1]) and count.sum() <= capacity
         assert torch.equal(rows[: len(wanted[0])], wanted[0]) and position.max() < max(capacity, 1)

@@ -170,6 +170,7 @@ class LitseekStrategy(ParallelStrategy):
     def _configure_launcher(self) -> None:
         assert self.cluster_environment is not None and self.parallel_devices is not None
         processes = len(self.parallel_devices)
+        Mesh(processes * self.num_nodes, self.pp, self.ep)  # whose sizes must fit: said once, before there are others
         if processes * self.num_nodes > 1:
             self._launcher = Launcher(self.cluster_environment, processes, self.num_nodes)
 
