@@ -234,15 +234,18 @@ class Grpo(StageModule):
         share = len(rollout) // self.strategy.dp
         mine = torch.arange(rank * share, (rank + 1) * share)
         if not self.beta:
-            useful = mine[rollout.advantage[mine] != 0]
-            mine = useful if len(useful) else mine[:1]  # every rank runs the executor
+            mine = mine[rollout.advantage[mine] != 0]
+            if not len(mine):
+                return []
         mine = mine[torch.argsort(rollout.length[mine], stable=True)]
         return list(mine.split(self.micro_batch))
 
     def _micros(self, rollout: Rollout) -> list[MicroBatch]:
         micros = [rollout.micro(rows) for rows in self._rows(rollout, self.strategy.dp_rank)]
+        if not micros:  # every rank runs the executor
+            micros = [rollout.micro(torch.zeros(1, dtype=torch.int64)).blanked()]
         if not self.beta:  # otherwise all samples are there, as many on every rank as `setup` has checked
-            most = max(len(self._rows(rollout, rank)) for rank in range(self.strategy.dp))
+            most = max(1, *(len(self._rows(rollout, rank)) for rank in range(self.strategy.dp)))
             micros = self.strategy.filled(micros, most)
         for micro in micros:  # found here, as a search on a GPU would make the host wait for its length
             micro.extra["places"] = (micro.labels != IGNORE).flatten().nonzero()[:, 0]
