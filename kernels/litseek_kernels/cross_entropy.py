@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from litseek_kernels.device import runs_kernel
+from litseek_kernels.operator import operator
 from litseek_kernels.ref import cross_entropy as ref
 
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -137,7 +138,7 @@ def _launch(logits_NV, labels_N, nll_N, lse_N, grad_N, ignore, scale, loss: bool
     )
 
 
-@torch.library.custom_op("litseek::cross_entropy", mutates_args=())
+@operator("litseek::cross_entropy")
 def _loss_op(logits_NV: Tensor, labels_N: Tensor, ignore: int, scale: float) -> tuple[Tensor, Tensor]:
     if not runs_kernel(logits_NV):
         return ref.cross_entropy(logits_NV, labels_N, ignore, scale)
@@ -152,7 +153,7 @@ def _(logits_NV: Tensor, labels_N: Tensor, ignore: int, scale: float) -> tuple[T
     return _float_rows(labels_N), _float_rows(labels_N)
 
 
-@torch.library.custom_op("litseek::cross_entropy_backward", mutates_args=("logits_NV",))
+@operator("litseek::cross_entropy_backward", mutates_args=("logits_NV",))
 def _backward_op(logits_NV: Tensor, labels_N: Tensor, lse_N: Tensor, grad_N: Tensor, ignore: int, scale: float) -> None:
     if not runs_kernel(logits_NV):
         ref.cross_entropy_backward_(logits_NV, labels_N, lse_N, grad_N, ignore, scale)
@@ -165,7 +166,7 @@ def _(logits_NV: Tensor, labels_N: Tensor, lse_N: Tensor, grad_N: Tensor, ignore
     return None
 
 
-@torch.library.custom_op("litseek::cross_entropy_and_gradient", mutates_args=("logits_NV",))
+@operator("litseek::cross_entropy_and_gradient", mutates_args=("logits_NV",))
 def _both_op(logits_NV: Tensor, labels_N: Tensor, ignore: int, scale: float) -> Tensor:
     if not runs_kernel(logits_NV):
         nll_N, lse_N = ref.cross_entropy(logits_NV, labels_N, ignore, scale)
@@ -181,7 +182,7 @@ def _(logits_NV: Tensor, labels_N: Tensor, ignore: int, scale: float) -> Tensor:
     return _float_rows(labels_N)
 
 
-@torch.library.custom_op("litseek::scale", mutates_args=("x",))
+@operator("litseek::scale", mutates_args=("x",))
 def _scale_op(x: Tensor, factor: Tensor) -> None:
     if not runs_kernel(x):
         x.mul_(factor)

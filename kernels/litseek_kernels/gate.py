@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from litseek_kernels.device import runs_kernel
+from litseek_kernels.operator import operator
 from litseek_kernels.ref import gate as ref
 from litseek_kernels.ref.gate import Gate
 
@@ -52,7 +53,7 @@ def gate(
 # ---- operators
 
 
-@torch.library.custom_op("litseek::gate", mutates_args=())
+@operator("litseek::gate")
 def _gate(
     logit_TE: Tensor,
     bias_E: Tensor,
@@ -102,7 +103,7 @@ def _empty_gate(logit_TE: Tensor, top_k: int, sequences: int) -> tuple[Tensor, T
     )
 
 
-@torch.library.custom_op("litseek::gate_backward", mutates_args=())
+@operator("litseek::gate_backward")
 def _gate_backward(
     logit_TE: Tensor,
     expert_TK: Tensor,

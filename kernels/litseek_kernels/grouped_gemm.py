@@ -27,6 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from litseek_kernels.device import multiprocessors
+from litseek_kernels.operator import operator
 from litseek_kernels.ref import grouped_gemm as ref
 from litseek_kernels.ref.grouped_gemm import TILE
 
@@ -90,7 +91,7 @@ def _torch_is_faster(N: int, K: int) -> bool:
     return K % (4 * TILE) == 0 and N <= 2 * K
 
 
-@torch.library.custom_op("litseek::dense_mm_fp8", mutates_args=())
+@operator("litseek::dense_mm_fp8")
 def _dense_mm_op(codes: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
     rows, block = F.ScalingType.BlockWise1x128, F.ScalingType.BlockWise128x128
     kn = weight_scale.contiguous().t()
@@ -102,7 +103,7 @@ def _(codes, scale, weight, weight_scale):
     return codes.new_empty(codes.shape[0], weight.shape[0], dtype=torch.bfloat16)
 
 
-@torch.library.custom_op("litseek::grouped_mm_fp8", mutates_args=())
+@operator("litseek::grouped_mm_fp8")
 def _grouped_mm_op(
     codes: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, tile_expert: Tensor, out_dtype: torch.dtype,
     tile_begin: Tensor | None, tile_count: Tensor | None, rows: int, promote: bool = True,

@@ -27,6 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from litseek_kernels.device import multiprocessors
+from litseek_kernels.operator import operator
 from litseek_kernels.ref import grouped_wgrad as ref
 from litseek_kernels.ref.grouped_gemm import check_promotion
 from litseek_kernels.ref.grouped_wgrad import CHUNK
@@ -69,7 +70,7 @@ def grouped_wgrad_fp8(
     return out
 
 
-@torch.library.custom_op("litseek::grouped_wgrad_fp8", mutates_args=())
+@operator("litseek::grouped_wgrad_fp8")
 def _wgrad_op(
     grad_t: Tensor, grad_scale_t: Tensor, rows_t: Tensor, rows_scale_t: Tensor, padded_start_E: Tensor,
     out_dtype: torch.dtype, promote: bool = True,
@@ -85,7 +86,7 @@ def _(grad_t, grad_scale_t, rows_t, rows_scale_t, padded_start_E, out_dtype, pro
     return grad_t.new_empty(padded_start_E.numel() - 1, grad_t.shape[0], rows_t.shape[0], dtype=out_dtype)
 
 
-@torch.library.custom_op("litseek::grouped_wgrad_fp8_into", mutates_args=("out",))
+@operator("litseek::grouped_wgrad_fp8_into", mutates_args=("out",))
 def _wgrad_into_op(
     grad_t: Tensor, grad_scale_t: Tensor, rows_t: Tensor, rows_scale_t: Tensor, padded_start_E: Tensor,
     out: Tensor, accumulate: bool,

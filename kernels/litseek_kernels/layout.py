@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from litseek_kernels.device import runs_kernel
+from litseek_kernels.operator import operator
 from litseek_kernels.ref import layout as ref
 from litseek_kernels.ref.layout import TILE, padded_capacity
 
@@ -46,7 +47,7 @@ def row_layout(count_E: Tensor, capacity: int) -> Layout:
     return Layout(*_row_layout(count_E, capacity))
 
 
-@torch.library.custom_op("litseek::row_layout", mutates_args=())
+@operator("litseek::row_layout")
 def _row_layout(count_E: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if not runs_kernel(count_E):
         return ref.row_layout(count_E, capacity)

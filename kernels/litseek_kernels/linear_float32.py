@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from litseek_kernels.device import runs_kernel
+from litseek_kernels.operator import operator
 from litseek_kernels.ref import linear_float32 as ref
 
 
@@ -32,7 +33,7 @@ def linear_float32(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
 # ---- operators
 
 
-@torch.library.custom_op("litseek::linear_float32", mutates_args=())
+@operator("litseek::linear_float32")
 def _linear(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     return _product(x_TD.unsqueeze(0), _split(weight_ED).transpose(1, 2), _FORWARD, torch.float32)
 
@@ -42,7 +43,7 @@ def _(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     return weight_ED.new_empty(x_TD.shape[0], weight_ED.shape[0])
 
 
-@torch.library.custom_op("litseek::linear_float32_backward", mutates_args=())
+@operator("litseek::linear_float32_backward")
 def _linear_backward(grad_TE: Tensor, x_TD: Tensor, weight_ED: Tensor) -> tuple[Tensor, Tensor]:
     grad, weight = _split(grad_TE), _split(weight_ED)
     grad_x = _product(grad, weight, _BOTH, torch.bfloat16)

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from litseek_kernels.device import runs_kernel
+from litseek_kernels.operator import operator
 from litseek_kernels.ref import permute as ref
 
 
@@ -56,7 +57,7 @@ def weight_of_rows(weight_TK: Tensor, order_R: Tensor, inverse_TK: Tensor) -> Te
 # ---- operators
 
 
-@torch.library.custom_op("litseek::sort_by_expert", mutates_args=())
+@operator("litseek::sort_by_expert")
 def _sort_by_expert(expert_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     expert_TK = expert_TK.contiguous()
     order, inverse, count = _empty_sort(expert_TK, num_experts)
@@ -85,7 +86,7 @@ def _empty_sort(expert_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Te
     return order, inverse, expert_TK.new_empty(num_experts, dtype=torch.int64)
 
 
-@torch.library.custom_op("litseek::permute", mutates_args=())
+@operator("litseek::permute")
 def _spread(x_TD: Tensor, inverse_TK: Tensor, num_rows: int) -> Tensor:
     x_TD, (T, K), D = x_TD.contiguous(), inverse_TK.shape, x_TD.shape[1]
     rows = x_TD.new_empty(num_rows, D)
@@ -100,7 +101,7 @@ def _(x_TD: Tensor, inverse_TK: Tensor, num_rows: int) -> Tensor:
     return x_TD.new_empty(num_rows, x_TD.shape[1])
 
 
-@torch.library.custom_op("litseek::unpermute", mutates_args=())
+@operator("litseek::unpermute")
 def _gather_sum(rows_RD: Tensor, weight_TK: Tensor | None, inverse_TK: Tensor) -> Tensor:
     rows_RD, (T, K), D = rows_RD.contiguous(), inverse_TK.shape, rows_RD.shape[1]
     out = rows_RD.new_empty(T, D)
@@ -116,7 +117,7 @@ def _(rows_RD: Tensor, weight_TK: Tensor | None, inverse_TK: Tensor) -> Tensor:
     return rows_RD.new_empty(inverse_TK.shape[0], rows_RD.shape[1])
 
 
-@torch.library.custom_op("litseek::unpermute_backward", mutates_args=())
+@operator("litseek::unpermute_backward")
 def _gather_sum_backward(
     grad_TD: Tensor, rows_RD: Tensor, weight_TK: Tensor, inverse_TK: Tensor
 ) -> tuple[Tensor, Tensor]:

@@ -30,6 +30,7 @@ from litseek_kernels.e4m3 import (
     to_e4m3,
 )
 from litseek_kernels.layout import TILE, Layout
+from litseek_kernels.operator import operator
 from litseek_kernels.ref import quantise as ref
 from litseek_kernels.ref.quantise import BLOCK, E4M3, block_grid
 
@@ -101,7 +102,7 @@ def _named(x: Tensor) -> str:
     return f"{tuple(x.shape)} {x.dtype}"
 
 
-@torch.library.custom_op("litseek::quantise", mutates_args=())
+@operator("litseek::quantise")
 def _quantise(
     x: Tensor,
     x_scale: Tensor | None,
@@ -153,7 +154,7 @@ def _(x, x_scale, tile_begin, tile_count, index, power_of_two, rows, columns):
     return _empty(x, tile_begin, index, rows, columns)
 
 
-@torch.library.custom_op("litseek::quantise_weight", mutates_args=())
+@operator("litseek::quantise_weight")
 def _quantise_weight(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if not runs_kernel(weight):
         return ref.quantise_weight(weight)

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from litseek_kernels.device import runs_kernel
+from litseek_kernels.operator import operator
 from litseek_kernels.ref import rmsnorm as ref
 
 MAX_WIDTH = 16384
@@ -151,7 +152,7 @@ def _forward_tile(width: int) -> tuple[int, int, int]:
     return max(1 if block > 8192 else 2, 4096 // block), block, 4 if block <= 2048 else 8
 
 
-@torch.library.custom_op("litseek::rmsnorm", mutates_args=())
+@operator("litseek::rmsnorm")
 def _norm_op(x_ND: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     y_ND, rstd_N = _norm_outputs(x_ND)
     _launch_forward(x_ND, x_ND, weight_D, y_ND, y_ND, rstd_N, eps, add=False)
@@ -163,7 +164,7 @@ def _(x_ND: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return _norm_outputs(x_ND)
 
 
-@torch.library.custom_op("litseek::add_rmsnorm", mutates_args=())
+@operator("litseek::add_rmsnorm")
 def _add_norm_op(x_ND: Tensor, delta_ND: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     y_ND, rstd_N = _norm_outputs(x_ND)
     total_ND = torch.empty_like(y_ND)
@@ -177,7 +178,7 @@ def _(x_ND: Tensor, delta_ND: Tensor, weight_D: Tensor, eps: float) -> tuple[Ten
     return torch.empty_like(y_ND), y_ND, rstd_N
 
 
-@torch.library.custom_op("litseek::rmsnorm_backward", mutates_args=())
+@operator("litseek::rmsnorm_backward")
 def _backward_op(
     dy_ND: Tensor, dtotal_ND: Tensor | None, x_ND: Tensor, weight_D: Tensor, rstd_N: Tensor
 ) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from litseek_kernels.device import runs_kernel
+from litseek_kernels.operator import operator
 from litseek_kernels.ref import rope as ref
 
 
@@ -135,7 +136,7 @@ class _Heads(torch.autograd.Function):
         return dq_BSHQ.flatten(-2), dkv_BSD, dk_rope_BSr, None, None, None
 
 
-@torch.library.custom_op("litseek::mla_heads", mutates_args=("q_BSD",))
+@operator("litseek::mla_heads", mutates_args=("q_BSD",))
 def _forward_op(
     q_BSD: Tensor, kv_BSD: Tensor, k_rope_BSr: Tensor, cos_BSr: Tensor, sin_BSr: Tensor, heads: int
 ) -> Tensor:
@@ -160,7 +161,7 @@ def _(q_BSD: Tensor, kv_BSD: Tensor, k_rope_BSr: Tensor, cos_BSr: Tensor, sin_BS
     return q_BSD.new_empty(q_BSD.shape[0], q_BSD.shape[1], heads, q_BSD.shape[2] // heads)
 
 
-@torch.library.custom_op("litseek::mla_heads_backward", mutates_args=("dq_BSHQ",))
+@operator("litseek::mla_heads_backward", mutates_args=("dq_BSHQ",))
 def _backward_op(
     dq_BSHQ: Tensor, dk_BSHQ: Tensor, dv_BSHV: Tensor, cos_BSr: Tensor, sin_BSr: Tensor
 ) -> tuple[Tensor, Tensor]:

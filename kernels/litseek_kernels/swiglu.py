@@ -13,6 +13,7 @@ from torch import Tensor
 
 from litseek_kernels.device import runs_kernel
 from litseek_kernels.e4m3 import INTERPRET, narrow
+from litseek_kernels.operator import operator
 from litseek_kernels.ref import swiglu as ref
 
 
@@ -31,7 +32,7 @@ def _named(x: Tensor) -> str:
     return f"{tuple(x.shape)} {x.dtype}"
 
 
-@torch.library.custom_op("litseek::swiglu", mutates_args=())
+@operator("litseek::swiglu")
 def _swiglu(gate_up: Tensor, weight: Tensor | None) -> Tensor:
     if not _has_kernel(gate_up):
         return ref.swiglu_forward(gate_up, weight)
@@ -51,7 +52,7 @@ def _(gate_up, weight):
     return gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
 
 
-@torch.library.custom_op("litseek::swiglu_backward", mutates_args=())
+@operator("litseek::swiglu_backward")
 def _swiglu_backward(gate_up: Tensor, grad: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
     """Gradients of gate_up and weight; the second has no elements without a weight."""
     if not _has_kernel(gate_up):

@@ -22,6 +22,7 @@ from triton.experimental.gluon import language as gl
 from litseek_kernels.device import runs_kernel
 from litseek_kernels.e4m3 import bf16_pair, high_of, low_of, magnitude, tile_scale, to_e4m3
 from litseek_kernels.layout import TILE, Layout
+from litseek_kernels.operator import operator
 from litseek_kernels.ref import swiglu as ref
 from litseek_kernels.ref.quantise import BLOCK, E4M3
 from litseek_kernels.swiglu import _named, _sigmoid
@@ -79,7 +80,7 @@ def _tiles(h: Tensor, layout: Layout | None, weight_R: Tensor | None) -> tuple[T
     return layout.tile_begin, layout.tile_count
 
 
-@torch.library.custom_op("litseek::swiglu_quantise", mutates_args=())
+@operator("litseek::swiglu_quantise")
 def _swiglu_quantise(
     h: Tensor, tile_begin: Tensor | None, tile_count: Tensor | None, weight: Tensor | None, power_of_two: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -103,7 +104,7 @@ def _(h, tile_begin, tile_count, weight, power_of_two):
     return *_empty_codes(h, R, F), *_empty_codes(h, R, 2 * F)
 
 
-@torch.library.custom_op("litseek::swiglu_backward_quantise", mutates_args=())
+@operator("litseek::swiglu_backward_quantise")
 def _swiglu_backward_quantise(
     h_codes: Tensor,
     h_scale: Tensor,

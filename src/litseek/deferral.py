@@ -58,8 +58,8 @@ def weight_gradient(weight: Tensor, compute: Callable[[], Tensor]) -> Tensor | N
 
 
 @torch.no_grad()
-def run(queue: list[Work]) -> None:
+def run(queue: list[Work], add: Callable[[Tensor, Tensor], None] = add_gradient) -> None:
     """The weights' half: every gradient is added where autograd would have added it."""
     for weight, compute in queue:
-        add_gradient(weight, compute())
+        add(weight, compute())
     queue.clear()

@@ -135,7 +135,7 @@ def test_operators_are_described_for_the_compiler(device):
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     for sequences in (0, 2):
         setting = (*CASES["one group"][1:], True, 2.5, sequences)
-        torch.library.opcheck(op._gate, (logit, bias, *setting), test_utils=checks)
+        torch.library.opcheck(torch.ops.litseek.gate, (logit, bias, *setting), test_utils=checks)
 
 
 @pytest.mark.gpu

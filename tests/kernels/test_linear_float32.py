@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from litseek_kernels.linear_float32 import _linear, _split, linear_float32
+from litseek_kernels.linear_float32 import _split, linear_float32
 from litseek_kernels.testing import relative_error
 
 SHAPES = [(64, 128, 16), (1, 5, 3), (130, 200, 66), (257, 64, 160), (0, 32, 8)]
@@ -71,4 +71,4 @@ def test_shapes_that_do_not_fit_are_named(device):
 def test_operator_is_described_for_the_compiler(device):
     x, weight, _ = operands((4, 32, 16), device)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(_linear, (x, weight), test_utils=checks)
+    torch.library.opcheck(torch.ops.litseek.linear_float32, (x, weight), test_utils=checks)

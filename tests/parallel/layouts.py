@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from litseek.callbacks.ema import WeightAverage
+from litseek.parallel.checkpoint import resolve_checkpoint
 from litseek.parallel.strategy import LitseekStrategy
 from litseek.stages.pretrain import Pretrain
 from tests.ranks import ranks
@@ -18,6 +19,7 @@ from tests.toy import ToySource, toy_optim, toy_stage, with_biases
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "ep2": dict(ep=2),
+    "ep2_overlap": dict(ep=2, overlap=True),
     "ep2_edp2": dict(ep=2),
     "pp2_v": dict(pp=2, schedule="dualpipev"),
     "pp4_v": dict(pp=4, schedule="dualpipev"),
@@ -48,12 +50,28 @@ def stage_of(cls: type = Pretrain, **keys: Any) -> Any:
 
 
 def train_here(
-    folder: Path, layout: dict[str, Any], steps: int = 6, resume: str | None = None, cls: type = Pretrain, **keys: Any
+    folder: Path,
+    layout: dict[str, Any],
+    steps: int = 6,
+    resume: str | None = None,
+    cls: type = Pretrain,
+    biased: bool = True,
+    parent: Path | str | None = None,
+    **keys: Any,
 ) -> dict[str, Any]:
     """On this rank (or in this process alone): what the run gave, and this rank's part of the weights."""
-    stage, seen, average = stage_of(cls, **keys), Norms(), WeightAverage(decay=0.5)
-    stage.configure_model()
-    with_biases(stage.model)
+    stage = stage_of(cls, **keys)
+    if parent is not None:
+        stage.start_from(resolve_checkpoint(parent))
+    if biased:
+        stage.configure_model()
+        with_biases(stage.model)
+    return run_here(stage, folder, layout, steps, resume)
+
+
+def run_here(stage: Any, folder: Path, layout: dict[str, Any], steps: int, resume: str | None = None) -> dict[str, Any]:
+    """The same for a stage that is there."""
+    seen, average = Norms(), WeightAverage(decay=0.5)
     world = dist.get_world_size() if dist.is_initialized() else 1
     run = trainer(folder, steps, seen, average, strategy=LitseekStrategy(**layout), devices=world)
     run.fit(stage, ckpt_path=resume)

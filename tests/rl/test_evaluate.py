@@ -5,6 +5,7 @@ import torch
 
 from litseek.data import tokenizer as bpe
 from litseek.data.arithmetic import Arithmetic
+from litseek.inference.engine import Engine
 from litseek.models.config import DeepSeekV3Config
 from litseek.models.transformer import build
 from litseek.rl import evaluate
@@ -66,25 +67,26 @@ class Found:
         return self.ids
 
 
-def test_right_answers_count_and_unfinished_ones_do_not(tokenizer, model, monkeypatch):
+def test_right_answers_count_and_unfinished_ones_do_not(tokenizer, model):
     accuracy = Accuracy(Arithmetic("eval", options=OPTIONS), count=40)
     for problem in accuracy.problems:
         ids = tuple(evaluate.encode_problem(problem, tokenizer).ids)
         Parrot.solutions[ids] = [*tokenizer.encode(problem.solution), tokenizer.eos_id]
-    monkeypatch.setattr(evaluate, "Engine", Parrot)
-    metrics = accuracy(model, tokenizer).metrics()
+    parrot = Parrot(model)
+    metrics = accuracy(parrot, tokenizer).metrics()
     assert metrics["eval/problems"] == 40 and metrics["eval/accuracy"] == 0.75 == metrics["eval/finished"]
-    parts = [accuracy(model, tokenizer, rank, 3) for rank in range(3)]
-    assert torch.equal(sum(part.sums for part in parts), accuracy(model, tokenizer).sums)
+    parts = [accuracy(parrot, tokenizer, rank, 3) for rank in range(3)]
+    assert torch.equal(sum(part.sums for part in parts), accuracy(parrot, tokenizer).sums)
     assert parts[0].samples[0]["correct"] == 1.0 and not parts[1].samples
 
 
 def test_sampling_repeats_and_does_not_depend_on_how_ranks_share(tokenizer, model):
     accuracy = Accuracy(Arithmetic("eval", options=OPTIONS), count=12, max_tokens=8, samples=12)
-    one, two = accuracy(model, tokenizer), accuracy(model, tokenizer)
+    engine = Engine(model)
+    one, two = accuracy(engine, tokenizer), accuracy(engine, tokenizer)
     assert one.samples == two.samples and torch.equal(one.sums, two.sums)
-    half = accuracy(model, tokenizer, 1, 2)
-    assert float(half.sums[3]) == pytest.approx(float(one.sums[3]) - float(accuracy(model, tokenizer, 0, 2).sums[3]))
+    half = accuracy(engine, tokenizer, 1, 2)
+    assert float(half.sums[3]) == pytest.approx(float(one.sums[3]) - float(accuracy(engine, tokenizer, 0, 2).sums[3]))
 
 
 def test_only_the_held_out_split_is_judged():

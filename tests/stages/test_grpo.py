@@ -55,7 +55,8 @@ def make(tokenizer: str, **keys) -> Grpo:
     data = PromptSource(Arithmetic("grpo", options=OPTIONS), seq_len=48, tokenizer=tokenizer)
     optim = AdamWConfig(lr=keys.pop("lr", 1e-3), schedule=LRSchedule(keys.pop("peak", 1e-3)), moments="fp32")
     settings = {"batch": 16, "group": 4, "micro_batch": 8, "max_tokens": 6, "seed": 1, "rewards": {"coin": 1.0}}
-    return Grpo(MODEL, FP32(), optim, data, **{**settings, **keys})
+    model = keys.pop("model", MODEL)
+    return Grpo(model, FP32(), optim, data, **{**settings, **keys})
 
 
 def trainer(folder: Path, steps: int, **keys) -> pl.Trainer:

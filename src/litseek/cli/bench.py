@@ -6,6 +6,7 @@ import csv
 import importlib.metadata
 import importlib.util
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -27,11 +28,23 @@ from litseek.cli.bench_step import Timing, TrainingStep, free, time_steps
 from litseek.cli.compose import conf_dir, make
 from litseek.cli.errors import Usage
 from litseek.cli.generate import pick_device
+from litseek.cli.say import is_zero
 from litseek.errors import LitseekError
 from litseek.models.config import DeepSeekV3Config
 
 COLUMNS = (
-    *("what", "model", "implementation", "precision", "batch", "seq_len", "micro_batch", "compile", "recompute"),
+    *(
+        "what",
+        "model",
+        "implementation",
+        "layout",
+        "precision",
+        "batch",
+        "seq_len",
+        "micro_batch",
+        "compile",
+        "recompute",
+    ),
     *("tokens_per_s", "ms", "model_tflops", "mfu", "peak_gib", "ratio", "value", "note", "parts"),
     *("gpu", "torch", "triton", "litseek", "commit", "date"),
 )
@@ -51,9 +64,11 @@ def run(cfg: DictConfig) -> None:
     rows = []
     for row in _rows(cfg, device):
         rows.append(about(cfg, device) | row)
-        print(json.dumps(rows[-1]), flush=True)
-        append([rows[-1]], Path(cfg.results or "results.csv").expanduser())
-    show(rows, TITLES[cfg.what])
+        if is_zero():
+            print(json.dumps(rows[-1]), flush=True)
+            append([rows[-1]], Path(cfg.results or "results.csv").expanduser())
+    if is_zero():
+        show(rows, TITLES[cfg.what])
     if failed := [row for row in rows if row["ms"] is None]:
         names = ", ".join(f"{row['implementation']} {row['precision']} batch {row['batch']}" for row in failed)
         raise LitseekError(f"not measured: {names}: {failed[0]['note']}")
@@ -89,6 +104,15 @@ def check(cfg: DictConfig) -> None:
         require(name, model)
     pick_device(cfg.device)
     make(cfg.optim), make(cfg.strategy)
+
+
+def layout(strategy: DictConfig) -> str:
+    """In words: "one rank", "ep 2 on 2 ranks"; `batch` and tokens/s are one rank's."""
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    words = [f"{axis} {strategy[axis]}" for axis in ("pp", "ep") if strategy[axis] > 1]
+    words += [strategy.schedule] if strategy.schedule else []
+    words += ["overlap"] if strategy.overlap else []
+    return f"{' '.join(words)} on {ranks} ranks".strip() if ranks > 1 else " ".join(words) or "one rank"
 
 
 def numbers(cfg: DictConfig, key: str) -> list[Any]:
@@ -186,6 +210,7 @@ def about(cfg: DictConfig, device: torch.device) -> dict[str, Any]:
     return {
         "what": cfg.what,
         "model": model_name(OmegaConf.to_container(cfg.model, resolve=True)),  # type: ignore[arg-type]
+        "layout": layout(cfg.strategy),
         "seq_len": cfg.seq_len,
         "micro_batch": cfg.micro_batch,
         "compile": bool(cfg.compile),
@@ -238,7 +263,7 @@ def show(rows: Sequence[dict[str, Any]], title: str) -> None:
     """The rows as a table."""
     first = rows[0]
     table = Table(
-        title=f"{title}\n{first['model']}, sequences of {first['seq_len']}, {first['gpu']}, torch {first['torch']}"
+        title=f"{title}\n{first['model']}, {first['layout']}, sequences of {first['seq_len']}, {first['gpu']}, torch {first['torch']}"
     )
     for column in ("", "batch", "tokens/s", "ms a step", "model TFLOP/s", "MFU", "peak GiB", "ours / it", "note"):
         table.add_column(column, justify="left" if column in ("", "note") else "right")

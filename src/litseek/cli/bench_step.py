@@ -7,6 +7,7 @@ optimizer, the bias update. Only the tokens are random.
 from __future__ import annotations
 
 import gc
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -15,6 +16,8 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from lightning.fabric.plugins.environments import TorchElasticEnvironment
+from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator
 from torch import Tensor
 from torch.profiler import record_function
 
@@ -52,9 +55,10 @@ class RandomTokens:
 
 
 class TrainingStep:
-    """Calling it makes one optimizer step on ``batch`` fresh sequences and returns the loss.
+    """Calling it makes one optimizer step on ``batch`` fresh sequences a rank and returns the loss.
 
-    ``micro_batch`` sequences are computed at once. The model is made on ``device``.
+    ``micro_batch`` sequences are computed at once. The model is made on ``device``; under torchrun each rank makes its
+    part of it, as the strategy lays it out.
     """
 
     def __init__(
@@ -72,24 +76,27 @@ class TrainingStep:
         recompute: bool = False,
         seed: int = 0,
     ):
-        self.data, self.batch, self.strategy = RandomTokens(cfg.vocab_size, seq_len, seed), batch, strategy
+        self.data, self.strategy = RandomTokens(cfg.vocab_size, seq_len, seed), strategy
+        join(strategy, device)
+        self.batch, self.own = batch * strategy.world_size, batch * strategy.pp
         self.stage = Pretrain(
-            cfg, precision, optim, self.data, batch=batch, micro_batch=micro_batch, seed=seed, compile=compile,
+            cfg, precision, optim, self.data, batch=self.batch, micro_batch=micro_batch, seed=seed, compile=compile,
             recompute=recompute,
         )  # fmt: skip
-        with device:
-            self.stage.configure_model()
-        self.stage.to(device)
-        strategy.parallel_devices = [device]
         strategy.connect(self.stage)
+        strategy.check_micros(self.own // micro_batch)
+        self.stage.configure_model()
+        strategy.place()
+        self.stage.to(strategy.root_device)
         self.optimizer = self.stage.configure_optimizers()
         self.made: list[Batch] = []
         self.done = 0
 
     def prepare(self, steps: int) -> None:
         """Make the next ``steps`` batches on the host, outside what is timed."""
+        begin = self.strategy.dp_rank * self.own
         for i in range(self.done, self.done + steps):
-            rows = [self.data[i * self.batch + j] for j in range(self.batch)]
+            rows = [self.data[i * self.batch + j] for j in range(begin, begin + self.own)]
             self.made.append({"rows": rows, "first": i * self.batch, "count": self.batch})
 
     def __call__(self) -> Tensor:
@@ -107,6 +114,21 @@ class TrainingStep:
     def _head_loss(self, hidden: State, micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
         with record_function("litseek: head"):
             return self.stage.head_loss(hidden, micro)
+
+
+def join(strategy: LitseekStrategy, device: torch.device) -> None:
+    """Take this process's place among those that torchrun started; alone without it."""
+    if not TorchElasticEnvironment.detect():
+        strategy.parallel_devices = [device]
+        return
+    ranks = int(os.environ["LOCAL_WORLD_SIZE"])
+    strategy.cluster_environment = TorchElasticEnvironment()
+    strategy.parallel_devices = [
+        torch.device(device.type, i) if device.type == "cuda" else device for i in range(ranks)
+    ]
+    strategy.num_nodes = strategy.cluster_environment.world_size() // ranks
+    strategy.accelerator = CUDAAccelerator() if device.type == "cuda" else CPUAccelerator()
+    strategy.setup_environment()
 
 
 def time_steps(step: Callable[[], Tensor], warmup: int, steps: int, device: torch.device) -> Timing:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from litseek.cli.errors import Usage
-from litseek.cli.plan_picture import draw
+from litseek.cli.plan_picture import counted, draw
 from litseek.parallel.schedule import KINDS, make_schedule
 from litseek.parallel.timeline import EXACT, Timeline
 
@@ -65,7 +65,8 @@ def summary(line: Timeline) -> list[str]:
     s = line.schedule
     both = ", half of them from each end" if s.kind == "dualpipe" else ""
     lines = [
-        f"{s.kind}: {s.ranks} ranks, {s.num_stages} stages, {s.micros} micro-batches{both}; f={line.f:g} b={line.b:g} w={line.w:g}",
+        f"{s.kind}: {counted(s.ranks, 'rank')}, {counted(s.num_stages, 'stage')}, {counted(s.micros, 'micro-batch', 'es')}{both}; "
+        f"f={line.f:g} b={line.b:g} w={line.w:g}",
         f"time {line.time:g}, of which each rank computes {line.work:g}",
         f"bubble {100 * line.bubble / line.time:.1f}%: {line.bubble:g} of {line.time:g}; the report's formula gives {line.bubble_formula:g}",
     ]

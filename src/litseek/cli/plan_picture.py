@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -17,6 +16,8 @@ from litseek.parallel.timeline import Event, Timeline
 
 COLOURS = {"F": "#f2c14e", "B": "#5b9f6d", "I": "#5aa9c9", "W": "#9b8ac4"}
 NAMES = {"F": "forward", "B": "backward", "I": "backward, input half", "W": "backward, weight half"}
+DOTS = 150
+"""An inch."""
 LATER = 0.45
 """How much paler the second lane is: the stage nearer to the model's end, or direction 1."""
 
@@ -25,11 +26,13 @@ def draw(line: Timeline, file: Path) -> None:
     """Write a PNG. Boxes are numbered as long as the numbers fit; a long schedule's boxes are narrower."""
     s = line.schedule
     shortest = min(_widths(line))
-    width = min(max(0.25 * line.time / shortest, 9), 60)  # inches; 60 at 100 dots each is what a viewer opens
+    width = min(max(0.2 * line.time / shortest, 9), 60)  # inches; 60 at 100 dots each is what a viewer opens
     per_unit = 72 * width / line.time
-    row = 24 if s.ranks <= 16 else 16
+    row = 34 if s.ranks <= 16 else 20
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(width + 1.2, s.ranks * row / 72 + 1.3), facecolor=PAPER, layout="constrained")
+        figure = Figure(
+            figsize=(width + 1.0, s.ranks * row / 72 + 1.3), dpi=DOTS, facecolor=PAPER, layout="constrained"
+        )
         axes = figure.add_subplot()
         for event in line.events:
             _box(axes, line, event, per_unit, row)
@@ -41,10 +44,15 @@ def draw(line: Timeline, file: Path) -> None:
         axes.set_facecolor("#f3f4f6")
         share = 100 * line.bubble / line.time
         axes.set_title(
-            f"{s.kind}: {s.ranks} ranks, {s.num_stages} stages, {s.micros} micro-batches, bubble {share:.1f}%"
+            f"{s.kind}: {counted(s.ranks, 'rank')}, {counted(s.num_stages, 'stage')}, "
+            f"{counted(s.micros, 'micro-batch', 'es')}, bubble {share:.1f}%"
         )
-        axes.legend(handles=_legend(line), loc="upper center", bbox_to_anchor=(0.5, -0.16 - 0.5 / s.ranks), ncols=7)
+        figure.legend(handles=_legend(line), loc="outside lower center", ncols=7 if width > 12 else 4)
         FigureCanvasAgg(figure).print_png(str(file))
+
+
+def counted(number: int, noun: str, plural: str = "s") -> str:
+    return f"{number} {noun}{plural if number != 1 else ''}"
 
 
 def _widths(line: Timeline) -> list[float]:
@@ -63,10 +71,17 @@ def _box(axes: Axes, line: Timeline, event: Event, per_unit: float, row: float) 
             )
         )
         text = str(part.micro)
-        size = min(0.62 * height * row, 0.8 * per_unit * length / (0.64 * len(text)), 9)
+        size = min(0.62 * height * row, 0.86 * per_unit * length / (0.64 * len(text)), 9)
         if size >= 3.5:
-            place: Any = (event.start + length / 2, top + height / 2)
-            axes.text(*place, text, size=size, ha="center", va="center_baseline", color=INK)
+            axes.text(
+                event.start + length / 2,
+                top + height / 2,
+                text,
+                size=size,
+                ha="center",
+                va="center_baseline",
+                color=INK,
+            )
     if len(event.parts) > 1:
         axes.add_patch(
             Rectangle((event.start, event.rank - 0.43), length, 0.86, fill=False, edgecolor=INK, linewidth=0.9)
@@ -89,6 +104,6 @@ def _legend(line: Timeline) -> list[Patch]:
     if any(len(event.parts) > 1 for event in line.events):
         handles.append(Patch(facecolor="none", edgecolor=INK, label="both at once"))
     if line.schedule.kind in ("dualpipe", "dualpipev"):
-        label = "direction 1" if line.schedule.kind == "dualpipe" else "the rank's second stage"
-        handles.append(Patch(facecolor=tuple(0.4 + 0.6 * LATER for _ in range(3)), label=f"pale: {label}"))
+        label = "from the other end" if line.schedule.kind == "dualpipe" else "the rank's second stage"
+        handles.append(Patch(facecolor=str(0.4 + 0.6 * LATER), label=f"pale: {label}"))
     return [*handles, Patch(facecolor="#f3f4f6", edgecolor=MUTED, linewidth=0.4, label="idle")]

@@ -21,7 +21,7 @@ from litseek.cli.folder import Attempt, begin, finished
 from litseek.cli.say import is_zero, say
 from litseek.cli.watch import Watch, connect
 from litseek.parallel import preempt
-from litseek.parallel.checkpoint import CheckpointRef, load_weights, resolve_checkpoint
+from litseek.parallel.checkpoint import CheckpointRef, resolve_checkpoint
 
 SHOWN = (
     ("bits per byte", "val/bits_per_byte", "gzip", "val/gzip_bits_per_byte"),
@@ -91,7 +91,7 @@ def prepare(objects: dict[str, Any], cfg: DictConfig, parent: CheckpointRef | No
     """The parent's weights and the data: what can still be refused before the stage's folder is touched."""
     pl.seed_everything(cfg.seed, verbose=False)
     if parent is not None:
-        load_weights(objects["stage"], parent)
+        objects["stage"].start_from(parent)
     if is_zero():
         objects["stage"].prepare_data()
 

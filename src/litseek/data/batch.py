@@ -41,6 +41,20 @@ class MicroBatch:
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         return cls(tokens, labels, positions, targets=float((labels != IGNORE).sum()))
 
+    def blanked(self) -> MicroBatch:
+        """Its first row once more, as a micro-batch that counts nowhere."""
+        return replace(
+            self,
+            tokens=self.tokens[:1],
+            labels=torch.full_like(self.labels[:1], IGNORE),
+            positions=self.positions[:1],
+            documents=None if self.documents is None else self.documents[:1],
+            targets=0.0,
+            blank=True,
+            extra={},
+            memo={},
+        )
+
     @property
     def num_tokens(self) -> int:
         return self.tokens.numel()

@@ -6,7 +6,7 @@ Letters: B sequences asked for, A sequences still running, S prompt positions, N
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -70,10 +70,12 @@ class Engine:
 
     ``absorbed`` picks the form of MLA that decodes; the tokens are the same. Prefill always up-projects: for many new
     positions at once the products with 128 wide heads cost less than those with the 512 wide latent.
+    ``pace`` is for ranks that share the model's experts, all of which must `generate` at once: each says before every
+    forward pass whether it still has a token to find, and hears whether any of them has.
     """
 
-    def __init__(self, model: Transformer, absorbed: bool = True) -> None:
-        self.model, self.absorbed = model, absorbed
+    def __init__(self, model: Transformer, absorbed: bool = True, pace: Callable[[bool], bool] | None = None) -> None:
+        self.model, self.absorbed, self.pace = model, absorbed, pace
 
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, max_batch: int = 256, first: int = 0
@@ -89,6 +91,7 @@ class Engine:
         ]
         if not parts:
             parts = [self._empty(0, sampling)]
+        self._keep_pace()
         return Generation(*(torch.cat(column) for column in zip(*map(_columns, parts), strict=True)))
 
     def stream(self, prompt: Sequence[int], sampling: Sampling, index: int = 0) -> Iterator[int]:
@@ -146,7 +149,7 @@ class Engine:
             # A finished sequence that is still in the batch may be at the last slot: it stays there.
             slot_A = position_A.clamp_max(cache.max_len - 1)
             cache.length = min(longest + n + 1, cache.max_len)
-            hidden = self.model.forward_cached(token_A[:, None], slot_A[:, None], cache, self.absorbed)
+            hidden = self._forward(token_A[:, None], slot_A[:, None], cache, self.absorbed)
             hidden_AD = hidden[:, 0]
             position_A = position_A + 1
 
@@ -160,13 +163,28 @@ class Engine:
             end = min(start + chunk, longest)
             cache.length = end
             position_BS = torch.arange(start, end, device=length_B.device).expand(len(prompts), -1)
-            hidden = self.model.forward_cached(tokens_BS[:, start:end], position_BS, cache, absorbed=False)
+            hidden = self._forward(tokens_BS[:, start:end], position_BS, cache, absorbed=False)
             here = (length_B - 1 - start).clamp(0, end - start - 1)
             state_BD = hidden[torch.arange(len(prompts), device=here.device), here]
             inside = ((length_B > start) & (length_B <= end))[:, None]
             last_BD = state_BD if last_BD is None else torch.where(inside, state_BD, last_BD)
         assert last_BD is not None
         return last_BD
+
+    def _forward(self, tokens_BS: Tensor, position_BS: Tensor, cache: LatentCache, absorbed: bool) -> Tensor:
+        if self.pace is not None:
+            self.pace(True)
+        return self.model.forward_cached(tokens_BS, position_BS, cache, absorbed)
+
+    @torch.no_grad()
+    def _keep_pace(self) -> None:
+        """Nothing is left to do here: pass one token along as long as another rank needs the experts that lie here."""
+        while self.pace is not None and self.pace(False):
+            device = self.model.norm.weight.device
+            cache = LatentCache(self.model.cfg, 1, 1, device, self._cache_dtype())
+            cache.length = 1
+            zero_11 = torch.zeros(1, 1, dtype=torch.int64, device=device)
+            self.model.forward_cached(zero_11, zero_11, cache, self.absorbed)
 
     def _checked_lengths(self, prompts: Sequence[Sequence[int]]) -> list[int]:
         limit = self.model.cfg.max_position_embeddings

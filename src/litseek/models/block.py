@@ -35,23 +35,17 @@ State = dict[str, Any]
 
 @dataclass(frozen=True, eq=False)
 class Phase:
-    """One segment. ``finish`` is None unless the phase talks to other ranks: then ``run`` only starts it, and returns
-    what ``finish`` turns into the next state."""
+    """One segment. ``announce``, for one that talks to other ranks, may run earlier and puts into the state what will
+    spare ``run`` a wait: whoever skips it gets the same."""
 
     name: str
     run: Callable[[State, MicroBatch], State]
     modules: tuple[nn.Module, ...]
     """Whose parameters it uses."""
-    finish: Callable[[State], State] | None = None
-
-    def start(self, state: State, micro: MicroBatch) -> State:
-        return self.run(state, micro)
-
-    def wait(self, pending: State) -> State:
-        return pending if self.finish is None else self.finish(pending)
+    announce: Callable[[State], State] | None = None
 
     def __call__(self, state: State, micro: MicroBatch) -> State:
-        return self.wait(self.start(state, micro))
+        return self.run(state, micro)
 
 
 class Block(nn.Module):
@@ -89,10 +83,16 @@ class Block(nn.Module):
         shared = () if self.mlp.shared_experts is None else (self.mlp.shared_experts,)
         return [
             Phase(f"{prefix}.attend", attend, (*attention, self.mlp.gate)),
-            Phase(f"{prefix}.dispatch", self._dispatch, ()),
-            Phase(f"{prefix}.experts", self.wrap(self._experts), (self.mlp.experts, *shared)),
+            Phase(f"{prefix}.dispatch", self._dispatch, (), self._announce),
+            Phase(f"{prefix}.experts", self._experts_phase(), (self.mlp.experts, *shared)),
             Phase(f"{prefix}.combine", partial(self._combine, add=self.wrap(_sum)), ()),
         ]
+
+    def _experts_phase(self) -> Callable[[State, MicroBatch | None], State]:
+        """Compiled where the number of rows is always the same; between ranks each one would be compiled anew."""
+        if isinstance(self.dispatcher, LocalDispatcher):
+            return self.wrap(self._experts)
+        return partial(self._experts, shared=self.wrap(self._shared))
 
     def compile_phases(self) -> None:
         """torch.compile for the phases that are more than a kernel and talk to nobody; inference stays as it is."""
@@ -125,19 +125,29 @@ class Block(nn.Module):
                 state["aux"] = routing.aux
         return state
 
+    def _announce(self, state: State) -> State:
+        return {**state, "announced": self.dispatcher.announce(state["expert"])}
+
     def _dispatch(self, state: State, micro: MicroBatch | None) -> State:
-        rest = {k: v for k, v in state.items() if k not in ("expert", "weight")}
-        rows, count, plan = self.dispatcher.dispatch(state["u"].flatten(0, 1), state["expert"], state["weight"])
+        rest = {k: v for k, v in state.items() if k not in ("expert", "weight", "announced")}
+        u_TD = state["u"].flatten(0, 1)
+        rows, count, plan = self.dispatcher.dispatch(u_TD, state["expert"], state["weight"], state.get("announced"))
         weight = self.dispatcher.row_weights(plan)
         return {**rest, "rows": rows, "count": count, "weight": weight, "plan": plan.with_weight(None)}
 
-    def _experts(self, state: State, micro: MicroBatch | None) -> State:
+    def _experts(
+        self, state: State, micro: MicroBatch | None, shared: Callable[[Tensor], Tensor] | None = None
+    ) -> State:
         assert isinstance(self.mlp, MoE)
         rest = {k: v for k, v in state.items() if k not in ("u", "count", "weight")}
         rest["rows"] = self.mlp.experts(state["rows"], state["count"], state["weight"])
         if self.mlp.shared_experts is not None:
-            rest["shared"] = self.mlp.shared_experts(state["u"])
+            rest["shared"] = (shared or self._shared)(state["u"])
         return rest
+
+    def _shared(self, u: Tensor) -> Tensor:
+        assert isinstance(self.mlp, MoE) and self.mlp.shared_experts is not None
+        return self.mlp.shared_experts(u)
 
     def _combine(self, state: State, micro: MicroBatch | None, add: Callable[..., Tensor] | None = None) -> State:
         used = ("rows", "plan", "shared")

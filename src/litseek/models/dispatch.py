@@ -28,9 +28,15 @@ class Dispatcher(Protocol):
 
     A block takes the weights out of the plan and multiplies them into the experts' hidden activations instead:
     ``row_weights`` are the plan's weights in the rows' order, and combine without weights is a plain sum.
+
+    ``announce`` may send ahead what the host will have to wait for; ``dispatch`` of the same choices takes what it gave.
     """
 
-    def dispatch(self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> tuple[Tensor, Tensor, Plan]: ...
+    def announce(self, expert_TK: Tensor) -> Any: ...
+
+    def dispatch(
+        self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, announced: Any = None
+    ) -> tuple[Tensor, Tensor, Plan]: ...
 
     def row_weights(self, plan: Plan) -> Tensor: ...
 
@@ -43,7 +49,12 @@ class LocalDispatcher:
     def __init__(self, num_experts: int):
         self.num_experts = num_experts
 
-    def dispatch(self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> tuple[Tensor, Tensor, Plan]:
+    def announce(self, expert_TK: Tensor) -> None:
+        """Nobody waits for anything."""
+
+    def dispatch(
+        self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, announced: None = None
+    ) -> tuple[Tensor, Tensor, Plan]:
         """rows (T * K, D) sorted by expert, count_E, plan."""
         order_R, inverse_TK, count_E = sort_by_expert(expert_TK, self.num_experts)
         return permute(x_TD, order_R, inverse_TK), count_E, Plan(weight_TK, (order_R, inverse_TK))

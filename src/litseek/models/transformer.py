@@ -137,13 +137,18 @@ class Transformer(nn.Module):
         """Normal with ``initializer_range``, norms at 1. Each tensor's numbers depend on (seed, its global name) only,
         so that every layout starts alike."""
         for name, parameter in self.named_parameters():
-            if name.endswith("norm.weight"):
-                parameter.fill_(1.0)
-                continue
-            generator = torch.Generator(parameter.device).manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
-            parameter.normal_(0.0, self.cfg.initializer_range, generator=generator)
+            self.draw(name, parameter, seed)
         for router in self.balance_routers().values():
             router.e_score_correction_bias.zero_()
+
+    @torch.no_grad()
+    def draw(self, name: str, parameter: Tensor, seed: int) -> None:
+        """Fresh numbers for the whole tensor of this global name."""
+        if name.endswith("norm.weight"):
+            parameter.fill_(1.0)
+            return
+        generator = torch.Generator(parameter.device).manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
+        parameter.normal_(0.0, self.cfg.initializer_range, generator=generator)
 
     def _product_weights(self) -> Iterator[tuple[nn.Parameter, str]]:
         for module in self.modules():

@@ -109,6 +109,7 @@ def load_weights(target: Any, ref: CheckpointRef) -> None:
     """
     if not isinstance(target, Transformer):
         target.start_from(ref)
+        target.configure_model()
         return
     fill(target.cfg, {name: Piece.whole(tensor) for name, tensor in target.state_dict().items()}, ref)
 

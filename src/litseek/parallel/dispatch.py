@@ -82,6 +82,25 @@ class Route:
     count_L: Tensor
 
 
+class Sizes:
+    """Counts on their way to the host, beside whatever the GPU does next."""
+
+    def __init__(self, sizes: Tensor) -> None:
+        self.event = None
+        self.here = sizes
+        if sizes.is_cuda:
+            self.here = torch.empty(sizes.shape, dtype=sizes.dtype, pin_memory=True)
+            self.here.copy_(sizes, non_blocking=True)
+            self.event = torch.cuda.Event()
+            self.event.record()
+
+    def read(self) -> list[int]:
+        """The one wait of the host."""
+        if self.event is not None:
+            self.event.synchronize()
+        return self.here.tolist()
+
+
 class HopDispatcher:
     """Dispatch over ``hops``, outermost first: the first one splits the experts between its ranks, the next one the
     part of each of these, and so on. One read of counts by the host a dispatch; no row is dropped.
@@ -99,9 +118,16 @@ class HopDispatcher:
             )
         self.num_experts, self.num_local, self.hops, self.precision = num_experts, num_experts // ranks, hops, precision
 
-    def dispatch(self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> tuple[Tensor, Tensor, Plan]:
+    def announce(self, expert_TK: Tensor) -> Sizes:
+        """Start the exchange of counts."""
+        return Sizes(self._sizes(expert_TK))
+
+    def dispatch(
+        self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, announced: Sizes | None = None
+    ) -> tuple[Tensor, Tensor, Plan]:
         """rows for this rank's experts, sorted by expert; count_L; plan."""
-        route = self._route(expert_TK)
+        sizes = announced or self.announce(expert_TK)
+        route = self._route(expert_TK, sizes.read())
         arrived_PD = _Out.apply(x_TD, route.legs, self.precision)
         return permute(arrived_PD, route.order_R, route.inverse_PK), route.count_L, Plan(weight_TK, route)
 
@@ -121,8 +147,7 @@ class HopDispatcher:
         assert plan.weight is not None, "the plan's weight was taken out"
         return _Out.apply(plan.weight, plan.detail.legs, None)
 
-    def _route(self, expert_TK: Tensor) -> Route:
-        sizes = self._sizes(expert_TK)
+    def _route(self, expert_TK: Tensor, sizes: list[int]) -> Route:
         legs, span, expert = [], self.num_experts, expert_TK
         for hop in self.hops:
             span //= hop.world
@@ -136,7 +161,7 @@ class HopDispatcher:
         (rows,) = sizes
         return Route(tuple(legs), order[:rows], inverse, count_L)
 
-    def _sizes(self, expert_TK: Tensor) -> list[int]:
+    def _sizes(self, expert_TK: Tensor) -> Tensor:
         """For each hop how many tokens go to its ranks and come from them; last how many rows this rank's experts get.
 
         A rank whose tokens others pass on cannot count them, so the table that travels over a hop holds for each rank:
@@ -154,7 +179,7 @@ class HopDispatcher:
             arriving = hop.exchange_table(leaving)
             sizes += [leaving[:, 0], arriving[:, 0]]
             table = arriving[:, 1:].sum(0)
-        return torch.cat([*sizes, table]).tolist()  # the one wait of the host
+        return torch.cat([*sizes, table])
 
 
 class AllToAllDispatcher(HopDispatcher):

@@ -18,10 +18,12 @@ from torch import Tensor
 
 from litseek import deferral
 from litseek.data.batch import MicroBatch
+from litseek.parallel.lanes import ARRIVALS, OneLane
 from litseek.parallel.schedule import (
     Action,
     Compute,
     Instruction,
+    Op,
     Part,
     Recv,
     Send,
@@ -35,6 +37,10 @@ from litseek.parallel.segment import Phase, Segment, State
 HeadLoss = Callable[[State, MicroBatch], tuple[Tensor, dict[str, Tensor]]]
 BETWEEN = "x"
 """What one stage hands to the next: the residual stream (B, S, D). The model is cut nowhere else."""
+Place = tuple[int, int]
+"""Stage and micro-batch."""
+Steps = Generator[bool, None, None]
+"""A part of an action, phase by phase: before each it says whether that phase talks to other ranks."""
 EXCHANGE = ("dispatch", "combine")
 """Last parts of the names of phases that talk to other ranks."""
 
@@ -78,11 +84,11 @@ def one_after_another(stages: int, micros: int) -> list[Instruction]:
     return [Compute(Action((part,))) for part in steps]
 
 
-def side_by_side(micros: int) -> list[Instruction]:
-    """One stage; each micro-batch's backward runs beside the next one's forward, two micro-batches' activations at a time."""
-    pairs = [(Part("F", 0, m), Part("B", 0, m - 1)) for m in range(1, micros)]
-    actions = [(Part("F", 0, 0),), *pairs, (Part("B", 0, micros - 1),)]
-    return [Compute(Action(parts)) for parts in actions]
+def two_by_two(micros: int) -> list[Instruction]:
+    """One stage; two micro-batches side by side, forward and then backward, so that no exchange has to stand alone."""
+    pairs = [range(m, min(m + 2, micros)) for m in range(0, micros, 2)]
+    ops: tuple[Op, ...] = ("F", "B")
+    return [Compute(Action(tuple(Part(op, 0, m) for m in pair))) for pair in pairs for op in ops]
 
 
 class Pipeline:
@@ -103,11 +109,13 @@ class Pipeline:
 class Executor:
     """Forward and backward of a flat list of phases, all in one process, cut into ``chunks`` stages.
 
-    ``recompute`` says by phase name which phases keep only their inputs and run again in backward. ``beside`` lets one
-    micro-batch's forward run beside the last one's backward. Gradients accumulate in ``param.grad``; the caller clears them.
+    ``recompute`` says by phase name which phases keep only their inputs and run again in backward. ``beside`` lets two
+    micro-batches run side by side. Gradients accumulate in ``param.grad``; the caller clears them.
     """
 
     pipeline: Pipeline | None = None
+    lanes: OneLane = OneLane()
+    """Where two parts that run side by side do."""
 
     def __init__(
         self,
@@ -159,7 +167,7 @@ class Executor:
             instructions = self._instructions(len(micros))
         run = _Run(self, micros, head_loss, total_targets)
         splits = any(isinstance(i, Compute) and i.action.parts[0].op == "W" for i in instructions)
-        with deferral.splitting(splits):
+        with deferral.splitting(splits), self.lanes.open():
             for instruction in instructions:
                 run.follow(instruction)
         assert not run.stash and not run.put_off, f"left without a backward: {[*run.stash, *run.put_off]}"
@@ -171,7 +179,7 @@ class Executor:
         if self.pipeline is not None:
             return self.pipeline.steps(micros)
         if self.beside and self.num_stages == 1:
-            return side_by_side(micros)
+            return two_by_two(micros)
         return one_after_another(self.num_stages, micros)
 
     @torch.no_grad()
@@ -179,7 +187,7 @@ class Executor:
         self, micros: Sequence[MicroBatch], head: Callable[[State, MicroBatch], Any], until: str | None = None
     ) -> list[Any]:
         """`head(state, micro)` of each micro-batch, without gradients: validation and scoring. None for a micro-batch
-        whose last stage lies elsewhere.
+        whose last stage lies elsewhere, and for a blank one.
 
         ``until`` names the last phase to run; "norm" leaves the MTP depths out.
         """
@@ -205,7 +213,7 @@ class Executor:
                 if phase.name == until:
                     break
             if stage == last:
-                answers[m] = head(state, micros[m])
+                answers[m] = None if micros[m].blank else head(state, micros[m])
             else:
                 states[stage + 1, m] = state
         if self.pipeline is not None:
@@ -239,49 +247,92 @@ class _Run:
         self.weights = [micro.targets / total_targets if total_targets > 0 else 0.0 for micro in micros]
         counted = sum(not micro.blank for micro in micros)
         self.aux_weights = [0.0 if micro.blank else 1 / counted for micro in micros]
-        self.stash: dict[tuple[int, int], list[Segment]] = {}
-        self.put_off: dict[tuple[int, int], list[deferral.Work]] = {}
-        self.states: dict[tuple[int, int], State] = {}
-        self.grads: dict[tuple[int, int], State] = {}
-        self.loss: Tensor | None = None
-        self.aux: Tensor | None = None
-        self.metrics: dict[str, Tensor] = {}
-        self.loads: dict[str, Tensor] = {}
+        self.stash: dict[Place, list[Segment]] = {}
+        self.put_off: dict[Place, list[deferral.Work]] = {}
+        self.lane: dict[Place, int] = {}
+        self.states: dict[Place, tuple[State, int]] = {}
+        """For a stage and a micro-batch its input, and the lane that it comes from."""
+        self.grads: dict[Place, tuple[State, int]] = {}
+        # summed at the end: until then each stays where the lane that made it may still write
+        self.losses: list[Tensor] = []
+        self.auxes: list[Tensor] = []
+        self.metrics: dict[str, list[Tensor]] = {}
+        self.loads: dict[str, list[Tensor]] = {}
 
     def follow(self, instruction: Instruction) -> None:
         if isinstance(instruction, Compute):
-            parts = [self._part(part) for part in instruction.action.parts]
-            if len(parts) == 2:
-                interleave(*parts)
-            else:
-                for _ in parts[0]:
-                    pass
+            self._compute(instruction.action.parts)
             return
         assert self.executor.pipeline is not None
-        transport, transfer = self.executor.pipeline.transport, instruction.transfer
+        transport, transfer, lanes = self.executor.pipeline.transport, instruction.transfer, self.executor.lanes
         forward = transfer.kind == "F"
         place = (transfer.stage + (1 if forward else -1), transfer.micro)
         kept = self.states if forward else self.grads
         if isinstance(instruction, Recv):
-            transport.expect(transfer, self.micros[transfer.micro])
-            kept[place] = {"expected": transfer}
+            with lanes.on(ARRIVALS):
+                transport.expect(transfer, self.micros[transfer.micro])
+            kept[place] = {"expected": transfer}, ARRIVALS
         else:
-            transport.send(transfer, kept.pop(place)[BETWEEN])
+            state, lane = kept.pop(place)
+            with lanes.on(lane):
+                transport.send(transfer, state[BETWEEN])
 
-    def _part(self, part: Part) -> Generator[bool, None, None]:
+    def _compute(self, parts: Sequence[Part]) -> None:
+        """One part, or two phase by phase, on two lanes."""
+        taken = [self.lane[part.stage, part.micro] for part in parts if part.op != "F"]
+        for part in parts:
+            if part.op == "F":
+                lane = 0 if not taken else 1 - taken[-1]
+                self.lane[part.stage, part.micro] = lane
+                taken.append(lane)
+        steps = [self._on(self.lane[part.stage, part.micro], self._part(part)) for part in parts]
+        if len(steps) == 2:
+            interleave(*steps)
+        else:
+            for _ in steps[0]:
+                pass
+
+    def _on(self, lane: int, steps: Steps) -> Steps:
+        done = False
+        while not done:
+            with self.executor.lanes.on(lane):
+                coming = next(steps, None)
+            done = coming is None
+            if coming is not None:
+                yield coming
+
+    def _taken(self, kept: dict[Place, tuple[State, int]], place: Place) -> State:
+        """What another stage left for this one."""
+        state, origin = kept.pop(place)
+        state = self.executor.received(state)
+        self.executor.lanes.hand_over(state, origin, self.lane[place])
+        return state
+
+    def _part(self, part: Part) -> Steps:
         if part.op == "F":
             return self._forward(part.stage, part.micro)
         if part.op == "W":
             return self._weights(part.stage, part.micro)
         return self._backward(part.stage, part.micro, part.op == "I")
 
-    def _forward(self, stage: int, m: int) -> Generator[bool, None, None]:
-        """Phase by phase; before each it yields whether that phase talks to other ranks."""
+    def _forward(self, stage: int, m: int) -> Steps:
+        """Phase by phase; before each it yields whether that phase talks to other ranks.
+
+        A phase that announces talks twice: what is announced goes out at once, and the phase itself runs with the next
+        one, when the host does not have to wait for the answer any more.
+        """
         micro = self.micros[m]
-        state = self.executor.received(self.states.pop((stage, m))) if stage else {}
+        state = self._taken(self.states, (stage, m)) if stage else {}
         segments = self.stash[stage, m] = []
+        announced = False
         for phase in self.executor.stages[stage]:
-            yield talks(phase.name)
+            if not announced:
+                yield talks(phase.name)
+            announced = False
+            if (announce := getattr(phase, "announce", None)) is not None:
+                state = announce(state)
+                yield False
+                announced = True
             segment = Segment(phase, micro, self.aux_weights[m], self.executor.recompute(phase.name))
             state = segment.forward(state)
             self._count(phase.name, m, segment)
@@ -290,15 +341,15 @@ class _Run:
             head = Segment(self._head(m), micro, self.weights[m], recompute=False)
             head.forward(state)
             assert head.aux is not None
-            self.loss = _plus(self.loss, head.aux * self.weights[m])
+            self.losses.append(head.aux * self.weights[m])
             segments.append(head)
         else:
-            self.states[stage + 1, m] = state
+            self.states[stage + 1, m] = state, self.lane[stage, m]
 
-    def _backward(self, stage: int, m: int, inputs_only: bool) -> Generator[bool, None, None]:
+    def _backward(self, stage: int, m: int, inputs_only: bool) -> Steps:
         grads: State = {}
         if stage < self.executor.num_stages - 1:
-            grads = self.executor.received(self.grads.pop((stage, m)))
+            grads = self._taken(self.grads, (stage, m))
         segments = self.stash.pop((stage, m))
         later = self.put_off.setdefault((stage, m), []) if inputs_only else None
         while segments:
@@ -310,19 +361,22 @@ class _Run:
                 with deferral.deferring(later):
                     grads = segment.backward(grads)
         if stage:
-            self.grads[stage - 1, m] = grads
+            self.grads[stage - 1, m] = grads, self.lane[stage, m]
 
-    def _weights(self, stage: int, m: int) -> Generator[bool, None, None]:
+    def _weights(self, stage: int, m: int) -> Steps:
         yield False
-        deferral.run(self.put_off.pop((stage, m)))
+        deferral.run(self.put_off.pop((stage, m)), self.executor.lanes.add)
 
     def result(self) -> StepResult:
-        metrics = dict(self.metrics)
-        if self.aux is not None:
-            metrics["loss/balance"] = self.aux
-        parts = [value for value in (self.aux, self.loss) if value is not None]
-        total = sum(parts[1:], parts[0]) if parts else torch.zeros((), device=self.micros[0].tokens.device)
-        return StepResult(total, metrics, self.loads)
+        metrics = {name: _sum(values) for name, values in self.metrics.items()}
+        totals = []
+        if self.auxes:
+            metrics["loss/balance"] = _sum(self.auxes)
+            totals.append(metrics["loss/balance"])
+        if self.losses:
+            totals.append(_sum(self.losses))
+        total = _sum(totals) if totals else torch.zeros((), device=self.micros[0].tokens.device)
+        return StepResult(total, metrics, {name: _sum(values) for name, values in self.loads.items()})
 
     def _head(self, m: int) -> Phase:
         def head(state: State, micro: MicroBatch) -> State:
@@ -330,7 +384,7 @@ class _Run:
                 return {"aux": sum(v.sum() for v in state.values() if isinstance(v, Tensor) and v.requires_grad) * 0.0}
             loss, metrics = self.head_loss(state, micro)
             for name, value in metrics.items():
-                self.metrics[name] = _plus(self.metrics.get(name), torch.as_tensor(value).detach() * self.weights[m])
+                self.metrics.setdefault(name, []).append(torch.as_tensor(value).detach() * self.weights[m])
             return {"aux": loss}
 
         head.name = "head"  # type: ignore[attr-defined]
@@ -338,22 +392,22 @@ class _Run:
 
     def _count(self, name: str, m: int, segment: Segment) -> None:
         if segment.aux is not None:
-            self.aux = _plus(self.aux, segment.aux * self.aux_weights[m])
+            self.auxes.append(segment.aux * self.aux_weights[m])
         if segment.load is not None and not self.micros[m].blank:
-            self.loads[name] = _plus(self.loads.get(name), segment.load)
+            self.loads.setdefault(name, []).append(segment.load)
 
 
 def talks(name: str) -> bool:
     return name.rpartition(".")[2] in EXCHANGE
 
 
-def interleave(forward: Generator[bool, None, None], backward: Generator[bool, None, None]) -> None:
+def interleave(one: Steps, other: Steps) -> None:
     """Two parts phase by phase: each side's exchanges are started just before a computation of the other side.
 
     So backward's combine runs under forward's attend, forward's dispatch under backward's experts, and so on (report
     figure 4).
     """
-    sides = [backward, forward]
+    sides = [other, one]
     coming = [next(side, None) for side in sides]  # True: an exchange, False: a computation, None: nothing more
     here, there = 0, 1
     while coming != [None, None]:
@@ -364,5 +418,5 @@ def interleave(forward: Generator[bool, None, None], backward: Generator[bool, N
         here, there = there, here
 
 
-def _plus(total: Tensor | None, value: Tensor) -> Tensor:
-    return value if total is None else total + value
+def _sum(values: Sequence[Tensor]) -> Tensor:
+    return sum(values[1:], values[0])

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 
@@ -77,6 +78,10 @@ class Mesh:
         """Every group of ranks that share one set of experts."""
         return [tuple(range(first, first + self.ep)) for first in range(0, self.world, self.ep)]
 
+    def neighbours(self) -> list[Ranks]:
+        """Every two ranks that follow each other in a pipeline."""
+        return [(rank, rank + self.dp) for rank in range(self.world - self.dp)] if self.pp > 1 else []
+
 
 class Groups:
     """Process groups by their ranks. All ranks ask for the same ones in the same order; a lone rank needs none."""
@@ -85,14 +90,23 @@ class Groups:
         self.mesh, self.timeout = mesh, timeout
         self.made: dict[tuple[str, Ranks], dist.ProcessGroup] = {}
 
-    def make(self, purpose: str, wanted: Iterable[Ranks], backend: str | None = None) -> None:
-        """Groups of their own for ``purpose``: collectives of two purposes may run at once."""
+    def make(self, purpose: str, wanted: Iterable[Ranks], sms: int | None = None) -> None:
+        """Groups of their own for ``purpose``: collectives of two purposes may run at once. ``sms``: at most so many of a
+        GPU's multiprocessors work for them, and come before other work."""
         for ranks in sorted(set(wanted)):
             if len(ranks) > 1:
-                group = dist.new_group(list(ranks), timeout=self.timeout, backend=backend)
+                group = dist.new_group(list(ranks), timeout=self.timeout, pg_options=_options(sms))
                 if self.mesh.rank in ranks:
                     self.made[purpose, ranks] = group
 
     def get(self, purpose: str, ranks: Ranks) -> dist.ProcessGroup | None:
         """None for a lone rank."""
         return self.made[purpose, ranks] if len(ranks) > 1 else None
+
+
+def _options(sms: int | None) -> Any:
+    if sms is None or dist.get_backend() != "nccl":
+        return None
+    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    options.config.max_ctas = sms
+    return options

@@ -116,6 +116,13 @@ def make_schedule(kind: str, ranks: int, micros: int) -> Schedule:
     return Schedule(known, ranks, micros, tuple(tuple(order(r, ranks, micros)) for r in range(ranks)))
 
 
+def fewest_micros(kind: str, ranks: int, micros: int) -> int:
+    """The smallest number from ``micros`` on that `make_schedule` takes. Raises ValueError as it does, but for their number."""
+    known = _known(kind, ranks, max(micros, 1))
+    least = 2 * ranks if known in ("dualpipe", "dualpipev") else 1
+    return max(micros + (known == "dualpipe" and micros % 2), least)
+
+
 def make_forward(kind: str, ranks: int, micros: int) -> Schedule:
     """Only the forwards, on the ranks that own the stages under `kind`: validation, scoring. Takes any number of micro-batches.
 

@@ -31,11 +31,11 @@ from litseek.parallel import preempt, storage
 from litseek.parallel.executor import EXCHANGE, Executor, HeadLoss, StepResult, talks
 from litseek.parallel.launch import Launcher
 from litseek.parallel.mesh import Mesh
-from litseek.parallel.schedule import KINDS, make_schedule
+from litseek.parallel.schedule import KINDS, fewest_micros, make_schedule
 from litseek.parallel.sums import Sums
 from litseek.parallel.team import Team
 from litseek.parallel.writer import CheckpointWriter
-from litseek.parallel.zero import Shares
+from litseek.parallel.zero import Share, Shares
 
 RECOMPUTED = ("attend", "dispatch", "experts", "combine", "all")
 
@@ -44,8 +44,9 @@ class LitseekStrategy(ParallelStrategy):
     """Any layout of ``pp`` x ``ep`` x copies; one process is the smallest.
 
     ``pp`` ranks hold a pipeline's stages and run ``schedule`` (1f1b, zb1p, dualpipe, dualpipev); ``ep`` ranks share the
-    experts; what is left of the world holds copies. ``overlap`` lets, without a pipeline, one micro-batch's exchanges run
-    beside another's computations; DualPipe's schedules always do. ``zero`` splits the optimizer's state over copies
+    experts; what is left of the world holds copies. ``overlap`` lets one micro-batch's exchanges run beside another's
+    computations: on a GPU on streams of their own, with ``comm_sms`` multiprocessors for the exchanges of experts' rows;
+    in a pipeline where its schedule pairs two, without one two by two. ``zero`` splits the optimizer's state over copies
     (ZeRO-1). ``recompute`` names the phases that run again in backward instead of keeping their activations, by their
     last part: "attend", "experts", or "all". ``chunks`` cuts the model of a single process for the executor.
     With ``checkpoint_async`` training goes on while a checkpoint, copied to host memory, is written.
@@ -60,6 +61,7 @@ class LitseekStrategy(ParallelStrategy):
         ep: int = 1,
         schedule: str | None = None,
         overlap: bool = False,
+        comm_sms: int = 20,
         zero: bool = True,
         chunks: int = 1,
         recompute: Sequence[str] = (),
@@ -88,6 +90,9 @@ class LitseekStrategy(ParallelStrategy):
             raise ValueError(
                 f"strategy.schedule=dualpipe pairs the ranks of a pipeline: strategy.pp={pp} must be even."
             )
+        if not isinstance(comm_sms, int) or comm_sms < 1:
+            raise ValueError(f"strategy.comm_sms={comm_sms} must be an integer of at least 1.")
+        self.comm_sms = comm_sms
         self.pp, self.ep, self.schedule, self.overlap, self.zero = pp, ep, schedule, overlap, zero
         Mesh(pp * ep, pp, ep)  # checks them
         self.num_chunks, self.recompute = chunks, tuple(recompute)
@@ -136,12 +141,20 @@ class LitseekStrategy(ParallelStrategy):
     def team(self) -> Team:
         """The process groups; made by the first who asks, on all ranks alike."""
         if self._team is None:
-            self._team = Team(self.mesh, self.schedule, self.timeout, self.root_device)
+            self._team = Team(self.mesh, self.schedule, self.timeout, self.root_device, self.comm_sms)
         return self._team
 
     @property
     def sums(self) -> Sums:
         return self.team.sums
+
+    def filled(self, micros: Sequence[MicroBatch], most: int) -> list[MicroBatch]:
+        """This rank's micro-batches and as many blank ones as it takes to run them: ranks that share experts run as many
+        as the one with ``most``, and a schedule has its own wishes."""
+        wanted = most if self.ep > 1 else len(micros)
+        if self.schedule is not None:
+            wanted = fewest_micros(self.schedule, self.pp, wanted)
+        return [*micros, *(micros[0].blanked() for _ in range(wanted - len(micros)))]
 
     def check_micros(self, micros: int) -> None:
         """ValueError unless the schedule runs so many micro-batches a step."""
@@ -157,6 +170,7 @@ class LitseekStrategy(ParallelStrategy):
     def _configure_launcher(self) -> None:
         assert self.cluster_environment is not None and self.parallel_devices is not None
         processes = len(self.parallel_devices)
+        Mesh(processes * self.num_nodes, self.pp, self.ep)  # whose sizes must fit: said once, before there are others
         if processes * self.num_nodes > 1:
             self._launcher = Launcher(self.cluster_environment, processes, self.num_nodes)
 
@@ -186,16 +200,25 @@ class LitseekStrategy(ParallelStrategy):
 
     restore_checkpoint_after_setup = True  # type: ignore[assignment]  # a rank reads its own part only
 
+    @property
+    def spread(self) -> bool:
+        """Whether a rank holds less than the model: then it is made without memory, cut, and filled in `place`."""
+        return self.mesh.world > 1
+
     def place(self) -> None:
-        """Cut the stage's model to this rank's part and let all who hold the same start alike."""
+        """Cut the stage's model to this rank's part and fill it: with the parent's weights, or fresh ones."""
         stage: Any = self.lightning_module
         self.team.partition(self._module, stage.phases(), getattr(stage.data, "seq_len", 1))
+        if any(tensor.is_meta for tensor in self._module.parameters()):
+            self.team.fill(self._module, lambda pieces: stage.fill(pieces, self.writer.group), stage.seed)
+        else:
+            self._module.to(self.root_device)
+            self.team.align(self._module)
+        self._shares = None
 
     def model_to_device(self) -> None:
         assert self.model is not None
         self.model.to(self.root_device)
-        self.team.align(self._module)
-        self._shares = None
 
     def setup_optimizers(self, trainer: Trainer) -> None:
         super().setup_optimizers(trainer)
@@ -247,7 +270,9 @@ class LitseekStrategy(ParallelStrategy):
 
     def executor_of(self, phases: Sequence[Any]) -> Executor:
         """Runs these phases, of a model that lies on the ranks as the stage's own does."""
-        return self.team.executor(phases, self.num_chunks, recomputed(self.recompute, self.ep > 1), self.overlap)
+        return self.team.executor(
+            self._module, phases, self.num_chunks, recomputed(self.recompute, self.ep > 1), self.overlap
+        )
 
     def forward_backward(self, micros: Sequence[MicroBatch], head_loss: HeadLoss) -> StepResult:
         """Loss and gradients of the global batch, of which ``micros`` are this rank's part; equal on all ranks."""
@@ -328,7 +353,7 @@ class LitseekStrategy(ParallelStrategy):
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The optimizer's state under parameter names instead of numbers."""
-        shares = {share.part: share for share in self.shares.shares}
+        shares: dict[Any, Share] = {share.part: share for share in self.shares.shares}
         return {
             "state": {shares[p].name: self.team.state_of(shares[p], state) for p, state in optimizer.state.items()},
             "param_groups": [

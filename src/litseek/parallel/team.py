@@ -11,9 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from litseek.inference.engine import Engine
 from litseek.models.transformer import Transformer, build
 from litseek.parallel.dispatch import AllToAllDispatcher
 from litseek.parallel.executor import Executor, Pipeline
+from litseek.parallel.lanes import Lanes
 from litseek.parallel.mesh import Groups, Mesh, Ranks
 from litseek.parallel.partition import Layout, Partition, Placement
 from litseek.parallel.pieces import Piece
@@ -25,7 +27,7 @@ from litseek.parallel.zero import Share, Shares
 class Team:
     """One rank's view of all of them. Made on all ranks alike, since process groups are."""
 
-    def __init__(self, mesh: Mesh, schedule: str | None, timeout: timedelta, device: torch.device) -> None:
+    def __init__(self, mesh: Mesh, schedule: str | None, timeout: timedelta, device: torch.device, sms: int) -> None:
         self.mesh, self.schedule, self.device = mesh, schedule, device
         self.layout = Layout.of(schedule, mesh.pp)
         self.groups = Groups(mesh, timeout)
@@ -34,8 +36,10 @@ class Team:
         if mesh.world > 1:
             if dist.get_backend() != "gloo":
                 host = dist.new_group(backend="gloo", timeout=timeout)
-            self.groups.make("forward", mesh.ep_groups())
-            self.groups.make("backward", mesh.ep_groups())
+            self.groups.make("forward", mesh.ep_groups(), sms)
+            self.groups.make("backward", mesh.ep_groups(), sms)
+            self.groups.make("down", mesh.neighbours())
+            self.groups.make("up", mesh.neighbours())
         self.sums = Sums(mesh, host)
 
     # -- the model ----------------------------------------------------------------------------------------------
@@ -50,9 +54,13 @@ class Team:
         self.plan.apply(model, partial(self._dispatcher, model) if self.mesh.ep > 1 else None)
 
     def _dispatcher(self, model: Transformer) -> AllToAllDispatcher:
-        ranks = next(group for group in self.mesh.ep_groups() if self.mesh.rank in group)
-        groups = [self.groups.get(purpose, ranks) for purpose in ("forward", "backward")]
-        return AllToAllDispatcher(model.cfg.n_routed_experts, *groups, precision=model.precision)
+        ranks = self._ep_ranks()
+        forward, backward = (self.groups.get(purpose, ranks) for purpose in ("forward", "backward"))
+        assert forward is not None
+        return AllToAllDispatcher(model.cfg.n_routed_experts, forward, backward, model.precision)
+
+    def _ep_ranks(self) -> Ranks:
+        return next(group for group in self.mesh.ep_groups() if self.mesh.rank in group)
 
     def group(self, replicas: Ranks) -> dist.ProcessGroup | None:
         return self.groups.get("replicas", replicas)
@@ -74,6 +82,26 @@ class Team:
             if len(replicas) > 1:
                 dist.broadcast(tensor.data, replicas[0], group=self.group(replicas))
 
+    @torch.no_grad()
+    def fill(self, model: Transformer, given: Callable[[dict[str, Piece]], bool], seed: int) -> None:
+        """Memory for a part that has none yet, and its numbers: ``given`` fills the pieces, or says that there is
+        nothing to fill them with; then they are drawn, as on one device, where the whole tensor passes through memory."""
+        model.to_empty(device=self.device)
+        for router in model.balance_routers().values():
+            router.e_score_correction_bias.zero_()
+        held = model.state_dict(keep_vars=True)
+        pieces = {name: self._piece(tensor.data, self.placement(name, tensor)) for name, tensor in held.items()}
+        if given(pieces):
+            return
+        for name, parameter in model.named_parameters():
+            place = self.placement(name, parameter)
+            if place.rows == place.shape[0]:
+                model.draw(name, parameter, seed)
+                continue
+            whole = parameter.new_empty(place.shape)
+            model.draw(name, whole, seed)
+            parameter.copy_(whole[place.start : place.start + place.rows])
+
     def shares(self, model: Any, split: bool) -> Shares:
         named = list(model.named_parameters())
         placements = {name: self.placement(name, parameter) for name, parameter in named}
@@ -81,23 +109,51 @@ class Team:
 
     # -- the step -----------------------------------------------------------------------------------------------
 
-    def executor(self, phases: Sequence[Any], chunks: int, recompute: Callable[[str], bool], beside: bool) -> Executor:
+    def executor(
+        self, model: Any, phases: Sequence[Any], chunks: int, recompute: Callable[[str], bool], overlap: bool
+    ) -> Executor:
         if self.plan is None or self.layout.num_stages == 1:
-            return Executor(phases, chunks, recompute, beside)
-        stages = self.plan.stages(phases)
-        return Executor.staged(stages, self.layout.num_stages, recompute, self._pipeline())
+            made = Executor(phases, chunks, recompute, overlap)
+        else:
+            made = Executor.staged(self.plan.stages(phases), self.layout.num_stages, recompute, self._pipeline())
+        if overlap and self.device.type == "cuda":
+            made.lanes = Lanes(self.device, model.parameters)
+        return made
 
     def _pipeline(self) -> Pipeline:
         assert self.schedule is not None and self.plan is not None
         ranks = [self.mesh.at(place) for place in range(self.mesh.pp)]
-        transport = PeerToPeer(ranks, None, self.plan.width, self.plan.dtype, self.device)
+
+        def channel(source: int, target: int) -> dist.ProcessGroup | None:
+            pair = ranks[min(source, target)], ranks[max(source, target)]
+            return self.groups.get("down" if source < target else "up", pair)
+
+        transport = PeerToPeer(ranks, channel, self.plan.width, self.plan.dtype, self.device)
         return Pipeline(self.schedule, self.mesh.pp, self.mesh.pp_rank, transport)
 
-    # -- a whole model ------------------------------------------------------------------------------------------
+    # -- generation ---------------------------------------------------------------------------------------------
+
+    def engine(self, model: Transformer) -> Engine:
+        """Generates with the model's present weights, on all ranks at once, each for prompts of its own.
+
+        Experts stay where they are and ranks keep pace; what a pipeline has cut is gathered into a copy, which lives as
+        long as the engine.
+        """
+        if self.mesh.pp > 1:
+            copy = self.whole(model)
+            copy.attach()
+            return Engine(copy)
+        return Engine(model, pace=self._pace if self.mesh.ep > 1 else None)
+
+    def _pace(self, active: bool) -> bool:
+        """Whether any rank that shares the experts is active."""
+        flag = torch.tensor(float(active), device=self.device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.groups.get("forward", self._ep_ranks()))
+        return bool(flag)
 
     @torch.no_grad()
     def whole(self, model: Transformer) -> Transformer:
-        """A copy of the model that holds everything, on every rank: for generation where a pipeline has cut it.
+        """A copy of the model that holds everything, on every rank.
 
         Rows travel tensor by tensor from one of their holders to all ranks.
         """
@@ -117,11 +173,11 @@ class Team:
 
     def pieces(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor | Piece]:
         """Tensors that lie as the model's of the same names do, for a checkpoint."""
+        if self.plan is None:
+            return dict(tensors)
         return {name: self._piece(tensor, self.placement(name, tensor)) for name, tensor in tensors.items()}
 
-    def _piece(self, tensor: Tensor, place: Placement) -> Tensor | Piece:
-        if self.plan is None:
-            return tensor
+    def _piece(self, tensor: Tensor, place: Placement) -> Piece:
         return Piece(tensor, place.start, place.shape, self.mesh.rank == place.replicas[0])
 
     def state_of(self, share: Share, state: Mapping[str, Any]) -> dict[str, Any]:

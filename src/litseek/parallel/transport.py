@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,26 +14,35 @@ from litseek.parallel.schedule import Transfer
 
 
 class PeerToPeer:
-    """Between the ranks of one pipeline. ``ranks``: the global rank of every pipeline place.
+    """Between the ranks of one pipeline. ``ranks``: the global rank of every pipeline place. ``channel(source, target)``
+    is the process group of what passes from one place to another: of its own, so that nothing that is received late keeps
+    back what could be sent.
 
     Two ranks post what passes between them in the same order (`schedule.program`), so no tags are needed. A receive
     knows its shape from the micro-batch, (B, S, D), of which every rank has the side inputs.
     """
 
     def __init__(
-        self, ranks: list[int], group: dist.ProcessGroup | None, width: int, dtype: torch.dtype, device: torch.device
+        self,
+        ranks: list[int],
+        channel: Callable[[int, int], dist.ProcessGroup | None],
+        width: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
-        self.ranks, self.group, self.width, self.dtype, self.device = ranks, group, width, dtype, device
+        self.ranks, self.channel, self.width, self.dtype, self.device = ranks, channel, width, dtype, device
         self.sent: list[tuple[dist.Work, Tensor]] = []
         self.posted: dict[Transfer, tuple[dist.Work, Tensor]] = {}
 
     def send(self, transfer: Transfer, value: Tensor) -> None:
         value = value.detach().contiguous()
-        self.sent.append((_work(dist.isend(value, self.ranks[transfer.target], group=self.group)), value))
+        group = self.channel(transfer.source, transfer.target)
+        self.sent.append((_work(dist.isend(value, self.ranks[transfer.target], group=group)), value))
 
     def expect(self, transfer: Transfer, micro: MicroBatch) -> None:
         value = torch.empty(*micro.tokens.shape, self.width, dtype=self.dtype, device=self.device)
-        self.posted[transfer] = _work(dist.irecv(value, self.ranks[transfer.source], group=self.group)), value
+        group = self.channel(transfer.source, transfer.target)
+        self.posted[transfer] = _work(dist.irecv(value, self.ranks[transfer.source], group=group)), value
 
     def arrived(self, transfer: Transfer) -> Tensor:
         work, value = self.posted.pop(transfer)

@@ -29,10 +29,12 @@ PARENT = "LITSEEK_PARENT"
 """Environment variable: the process that launched this rank, which rank 0 is."""
 JOIN_S = 60.0
 """How long rank 0 waits for the connections of the others."""
-VERDICT_S = 5.0
-"""How long a failed rank waits to hear whether another one failed before it."""
-SAME_S = 1.0
-"""How long a rank that hears of a failure goes on: an error of all ranks reaches it meanwhile, and is said once."""
+VERDICT_S = 10.0
+"""How long a failed rank waits at most to hear whether another one failed before it."""
+SAME_S = 3.0
+"""How long a rank that hears of a failure goes on at most: an error of all ranks reaches it meanwhile, and is said once."""
+READ_S = 3.0
+"""How long rank 0 stays at most until the others have read what failed: its end may destroy what they have not."""
 LAST_WORDS_S = 15.0
 """What a failed rank has for closing its loggers; on a GPU that may wait for ranks that are gone."""
 DEAD = "died without a word (killed, out of memory, or crashed); the same command goes on from the last checkpoint."
@@ -81,7 +83,7 @@ class Watchdog:
     """This rank's end of the connections. Rank 0 hears of every failure first and passes the first one on.
 
     Messages are JSON lines: {"token", "rank"} to join, {"error"} of a rank that failed, {"bye"} of one that is done, and
-    from rank 0 {"failed", "error"} about the first failure (error null: it died without a word).
+    from rank 0 {"joined"} when all have, {"failed", "error"} about the first failure (error null: it died without a word).
     """
 
     def __init__(self, rank: int, local_rank: int, world: int, share: Callable[[Any], Any]) -> None:
@@ -91,7 +93,7 @@ class Watchdog:
         """What this rank said of its own failure."""
         self._first: int | None = None
         """The rank that failed first."""
-        self._judged, self._joined = threading.Event(), threading.Event()
+        self._judged, self._joined, self._failed = threading.Event(), threading.Event(), threading.Event()
         self._left = self._said = False
         self._peers: dict[int, socket.socket] = {}
         run = self._hub if rank == 0 else self._follow
@@ -103,11 +105,13 @@ class Watchdog:
             self._peers[0] = self._connect(os.environ.get("MASTER_ADDR", "127.0.0.1"), port)
         os.register_at_fork(after_in_child=self._close)  # a forked child must not keep a dead rank's connection open
         threading.Thread(target=run, daemon=True, name="litseek-watchdog").start()
-        if rank == 0 and not self._joined.wait(JOIN_S):
-            missing = sorted(set(range(1, world)) - set(self._peers))
-            raise LitseekError(
-                f"rank {missing[0]} did not connect to rank 0 within {JOIN_S:.0f} s, {len(missing)} in all."
-            )
+        # nobody goes on, and perhaps ends or fails, before all are connected
+        if not self._joined.wait(JOIN_S if rank == 0 else 2 * JOIN_S):
+            missing = sorted(set(range(1, world)) - set(self._peers)) if rank == 0 else [0]
+            error = f"rank {missing[0]} did not connect within {JOIN_S:.0f} s, {len(missing)} in all."
+            if rank == 0:
+                self._judge(0, error)
+            raise LitseekError(error)
 
     def fail(self, error: str) -> bool:
         if self._left or self._failure is not None:
@@ -115,6 +119,7 @@ class Watchdog:
         if _consequence(error):  # of a rank that is gone: the connection to it tells which one
             time.sleep(VERDICT_S)
         self._failure = error
+        self._failed.set()
         if self.rank == 0:
             self._judge(0, error)
         else:
@@ -134,6 +139,8 @@ class Watchdog:
         self._left = True
         for rank in list(self._peers):
             self._send(rank, {"bye": True})
+        if self.rank == 0 and self._failure is not None:
+            self._stay()
 
     def _judge(self, rank: int, error: str | None) -> None:
         """On rank 0: the first failure, passed on to every rank."""
@@ -143,7 +150,10 @@ class Watchdog:
             self._first = rank
         for peer in list(self._peers):
             self._send(peer, {"failed": rank, "error": error})
-        self._end(rank, error)
+        if rank == self.rank:
+            self._end(rank, error)
+        else:  # this thread is to see the others end
+            threading.Thread(target=self._end, args=(rank, error), daemon=True, name="litseek-end").start()
 
     def _end(self, rank: int, error: str | None) -> None:
         """What this rank does about the first failure: its own is for the main thread, any other ends the process."""
@@ -152,13 +162,21 @@ class Watchdog:
         if rank == self.rank or self._left:
             return
         if error is not None:
-            time.sleep(SAME_S)
+            self._failed.wait(SAME_S)
         # one line a node, and none where this rank failed in the same words
         speaker = self.local_rank == 0 or (self.local_rank == 1 and rank == self.rank - 1)
         if speaker and (error is None or error != self._failure):
             _say(f"rank {rank} {DEAD}" if error is None else f"rank {rank} failed: {error}")
+        if self.rank == 0:
+            self._stay()
         sys.stdout.flush()
         os._exit(1)
+
+    def _stay(self) -> None:
+        """On rank 0: until every other rank has closed its connection."""
+        until = time.monotonic() + READ_S
+        while self._peers and time.monotonic() < until:
+            time.sleep(0.05)
 
     # -- connections --------------------------------------------------------------------------------------------
 
@@ -186,10 +204,12 @@ class Watchdog:
                         ranks[peer] = rank
                         self._peers[rank] = peer
                         if len(self._peers) == self.world - 1:
+                            for other in self._peers:
+                                self._send(other, {"joined": True})
                             self._joined.set()
                 if not data:
                     selector.unregister(peer)
-                    if peer in ranks and ranks[peer] in self._peers:
+                    if peer in ranks and self._peers.pop(ranks[peer], None):
                         self._judge(ranks[peer], None)
                     peer.close()
 
@@ -216,7 +236,12 @@ class Watchdog:
                 message = json.loads(line)
                 if "bye" in message:
                     return
+                if "joined" in message:
+                    self._joined.set()
+                    continue
                 self._end(message["failed"], message["error"])
+                self._peers[0].close()
+                return
         if self._first is None:
             self._end(0, None)
 

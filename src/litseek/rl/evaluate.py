@@ -11,7 +11,6 @@ from litseek.data.arithmetic import Arithmetic
 from litseek.data.prompts import encode_problem
 from litseek.data.tokenizer import Tokenizer
 from litseek.inference.engine import Engine, Sampling
-from litseek.models.transformer import Transformer
 
 
 @dataclass(frozen=True)
@@ -57,12 +56,12 @@ class Accuracy:
         self.max_batch, self.samples = max_batch, samples
 
     @torch.no_grad()
-    def __call__(self, model: Transformer, tokenizer: Tokenizer, rank: int = 0, world: int = 1) -> Tally:
+    def __call__(self, engine: Engine, tokenizer: Tokenizer, rank: int = 0, world: int = 1) -> Tally:
         """This rank's share of the problems; each problem's sample is the same for every ``world``."""
         first, last = len(self.problems) * rank // world, len(self.problems) * (rank + 1) // world
         prompts = [encode_problem(problem, tokenizer) for problem in self.problems[first:last]]
         sampling = Sampling(stop=(tokenizer.eos_id,), **self.sampling)  # type: ignore[arg-type]
-        found = Engine(model).generate([prompt.ids for prompt in prompts], sampling, self.max_batch, first)
+        found = engine.generate([prompt.ids for prompt in prompts], sampling, self.max_batch, first)
         responses = [tokenizer.decode(ids) for ids in found.lists()]
         correct = [
             self.source.score(prompt.problem, response) if stopped else 0.0

@@ -12,10 +12,8 @@ from litseek.parallel.storage import replace_text
 def judge(stage: Any, accuracy: Any) -> dict[str, float]:
     """``eval/accuracy`` and what goes with it, equal on all ranks."""
     strategy = stage.strategy
-    stage.model.attach()  # or FP8 would quantise every weight for every token
-    stage.model.eval()
-    tally = accuracy(stage.model, stage.data.tokenizer, strategy.dp_rank, strategy.dp)
-    stage.model.train()
+    with stage.generating() as engine:
+        tally = accuracy(engine, stage.data.tokenizer, strategy.global_rank, strategy.world_size)
     tally.sums.copy_(strategy.sum(tally.sums.to(stage.device)))
     if strategy.is_global_zero:
         _append(stage.checkpoints.parent / "samples.jsonl", stage.step, tally.samples)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,15 @@ from litseek.callbacks.progress import Progress
 from litseek.data.batch import IGNORE, MicroBatch
 from litseek.data.sources import gzip_bits_per_byte, xz_bits_per_byte
 from litseek.errors import LitseekError
+from litseek.inference.engine import Engine
 from litseek.losses import linear_cross_entropy, mtp_loss
 from litseek.models.config import DeepSeekV3Config
 from litseek.models.transformer import Transformer, build
 from litseek.optim import BatchRamp, set_lr, update_biases_
 from litseek.parallel import preempt
-from litseek.parallel.checkpoint import CheckpointRef, load_weights
+from litseek.parallel.checkpoint import CheckpointRef, check_same_model, fill, load_weights
 from litseek.parallel.executor import Executor, State, StepResult
+from litseek.parallel.pieces import Piece
 from litseek.parallel.strategy import LitseekStrategy
 from litseek.precision import compute_copy
 from litseek.stages.accuracy import judge
@@ -146,7 +149,8 @@ class StageModule(pl.LightningModule):
     # -- model and data -----------------------------------------------------------------------------------------
 
     def start_from(self, ref: CheckpointRef) -> None:
-        """Take the parent's weights, its tokenizer and, unless this stage sets its own, its rotary settings."""
+        """Take over the parent's tokenizer, its rotary settings unless this stage sets its own, and its weights as soon
+        as there is a model."""
         if not self.owns_rope and self.model is None:
             own, theirs = self.cfg.rope_scaling, ref.config.rope_scaling
             if own is not None and own != theirs:
@@ -157,15 +161,32 @@ class StageModule(pl.LightningModule):
         if ref.tokenizer is not None and hasattr(self.data, "use_tokenizer"):
             self.data.use_tokenizer(ref.tokenizer)
             self._prepared = False
-        self.configure_model()
-        load_weights(self.model, ref)
+        check_same_model(self.cfg, ref)
+        if self.model is not None:
+            load_weights(self.model, ref)
 
     def configure_model(self) -> None:
-        if self.model is None:
-            self.check_length()
+        if self.model is not None:
+            return
+        self.check_length()
+        with self._home():
             self.model = build(self.cfg, self.precision, self.recompute, self.seed)
-            if self.compiled:
-                self.model.compile_phases()
+        if self.compiled:
+            self.model.compile_phases()
+        if self.parent is not None and self.model.norm.weight.device.type != "meta":
+            load_weights(self.model, self.parent)
+
+    def _home(self) -> Any:
+        """Where a model is made: nowhere if each rank shall hold a part of it, which the strategy then fills."""
+        if self.attached is None:
+            return nullcontext()
+        return torch.device("meta") if self.attached.spread else self.attached.root_device
+
+    def fill(self, parts: Mapping[str, Piece], group: Any) -> bool:
+        """The parent's weights into what this rank holds of the model; False where there is no parent."""
+        if self.parent is not None:
+            fill(self.cfg, parts, self.parent, group)
+        return self.parent is not None
 
     def prepare_data(self) -> None:
         if self._prepared:  # the command prepares before the folder is touched, Lightning asks again
@@ -310,6 +331,14 @@ class StageModule(pl.LightningModule):
         self.model.train()
         scores.reduce(self.strategy.sum, self.device)
         return scores
+
+    @contextmanager
+    def generating(self) -> Iterator[Engine]:
+        """An engine with the present weights. All ranks must ask for it and `generate` equally often, each its share."""
+        self.model.attach()  # or FP8 would quantise every weight for every token, and compiled phases see old ones
+        self.model.eval()
+        yield self.strategy.team.engine(self.model)
+        self.model.train()
 
     def measured(self, scores: Scores, reduced: bool = False) -> dict[str, float]:
         """val/loss, and against the bytes of the text where the data knows them."""

@@ -9,7 +9,6 @@ import torch
 
 from litseek.models.transformer import build
 from litseek.parallel.checkpoint import CheckpointRef
-from litseek.parallel.executor import Executor
 from litseek.parallel.storage import replace_text
 from litseek.stages.accuracy import judge
 from litseek.stages.base import StageModule
@@ -91,8 +90,9 @@ class Context(StageModule):
         cfg = self.cfg.replace(rope_scaling=self.parent.config.rope_scaling)
         with torch.device("meta"):
             old = build(cfg, self.precision)
+        self.strategy.team.partition(old, self.phases(), self.data.seq_len)
         old.load_state_dict(self.model.state_dict(), assign=True)
-        return self.evaluate(Executor(old.phases()))
+        return self.evaluate(self.strategy.executor_of(old.phases()))
 
     def _keep(self, arm: str, scores: Scores) -> None:
         curve = scores.by_position(points=64)

@@ -8,12 +8,11 @@ from itertools import chain
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from litseek.data.batch import IGNORE, MicroBatch
 from litseek.errors import LitseekError
-from litseek.inference.engine import Engine, Sampling
+from litseek.inference.engine import Sampling
 from litseek.losses import grpo_loss, token_logprobs
 from litseek.models.transformer import Transformer, build
 from litseek.parallel.checkpoint import load_weights
@@ -36,6 +35,9 @@ class Grpo(StageModule):
     ``litseek.rl.rewards``. ``clip`` is epsilon, ``beta`` weighs the KL term (0: no reference model is kept), ``level``
     "token" or "sequence". The balance biases are frozen unless ``balance_speed`` is set; MTP depths stay as they are.
     ``accuracy`` judges held-out problems before the first step, at every validation and at the end.
+
+    All ranks sample, each its share of the prompts' answers (`StageModule.generating`), and then know the whole rollout;
+    a rank trains on its part of the global batch. The reference lies on the ranks as the policy does.
     """
 
     name = "grpo"
@@ -107,13 +109,19 @@ class Grpo(StageModule):
         self._reference = self._make_reference() if self.beta else None
 
     def _make_reference(self) -> Executor:
-        """The model as it was when the stage began, frozen."""
-        reference: Transformer = build(self.cfg, self.precision, False, self.seed)
-        if self.parent is not None:
+        """The model as it was when the stage began, frozen, and cut like the policy."""
+        with self._home():
+            reference: Transformer = build(self.cfg, self.precision, False, self.seed)
+        phases = reference.phases()[: len(self.phases())]
+        self.strategy.team.partition(reference, phases, self.data.seq_len)
+        if self.strategy.spread:
+            group = self.strategy.writer.group
+            self.strategy.team.fill(reference, lambda pieces: self.fill(pieces, group), self.seed)
+        elif self.parent is not None:
             load_weights(reference, self.parent)
         reference.to(self.device).requires_grad_(False).eval()
         self._reference_head = reference.lm_head.weight
-        return Executor(reference.phases()[: len(self.phases())])  # type: ignore[arg-type]
+        return self.strategy.executor_of(phases)
 
     # -- data ---------------------------------------------------------------------------------------------------
 
@@ -158,8 +166,6 @@ class Grpo(StageModule):
         """Sample, reward and score rollout ``index``; all its randomness comes from (seed, index)."""
         assert isinstance(self.batch, int)
         count = self.batch // self.group
-        share = count // self.strategy.dp
-        mine = self.strategy.dp_rank * share
         prompts = [self.data[index * count + i] for i in range(count)]
         for prompt in prompts:
             if len(prompt.ids) + self.max_tokens > self.data.seq_len:
@@ -173,13 +179,13 @@ class Grpo(StageModule):
             stop=(self.data.tokenizer.eos_id,),
             seed=stream_seed(self.seed, "rollout", index),
         )
-        self.model.attach()  # the last update's weights, which compiled phases would not see for themselves
-        self.model.eval()
-        asked = [p.ids for p in prompts[mine : mine + share] for _ in range(self.group)]
-        found = Engine(self.model).generate(asked, sampling, self.max_generate, first=mine * self.group)
-        self.model.train()
+        rank, world = self.strategy.global_rank, self.strategy.world_size
+        first, last = self.batch * rank // world, self.batch * (rank + 1) // world
+        asked = [prompts[n // self.group].ids for n in range(first, last)]
+        with self.generating() as engine:
+            found = engine.generate(asked, sampling, self.max_generate, first)
         answers = list(zip(found.lists(), found.stopped.tolist(), found.logprobs.tolist(), strict=True))
-        answers = list(chain.from_iterable(self._gather(answers)))
+        answers = list(chain.from_iterable(self.strategy.sums.objects(answers)))
         scored = [
             self._reward(index, n, prompts[n // self.group].problem, tokens, stopped)
             for n, (tokens, stopped, _) in enumerate(answers)
@@ -217,8 +223,9 @@ class Grpo(StageModule):
 
         rows = self._rows(rollout, self.strategy.dp_rank)
         parts = executor.forward(self._micros(rollout), head, until="norm")
-        for rows_R, part in zip(rows, parts, strict=True):
-            out_NS[rows_R, : part.shape[1]] = part.cpu()
+        for rows_R, part in zip(rows, parts):  # blank micro-batches come last
+            if part is not None:  # scored by the rank that has the head
+                out_NS[rows_R, : part.shape[1]] = part.cpu()
         return self.strategy.sum(out_NS.to(self.device)).cpu()
 
     def _rows(self, rollout: Rollout, rank: int) -> list[Tensor]:
@@ -227,24 +234,22 @@ class Grpo(StageModule):
         share = len(rollout) // self.strategy.dp
         mine = torch.arange(rank * share, (rank + 1) * share)
         if not self.beta:
-            useful = mine[rollout.advantage[mine] != 0]
-            mine = useful if len(useful) else mine[:1]  # every rank runs the executor
+            mine = mine[rollout.advantage[mine] != 0]
+            if not len(mine):
+                return []
         mine = mine[torch.argsort(rollout.length[mine], stable=True)]
         return list(mine.split(self.micro_batch))
 
     def _micros(self, rollout: Rollout) -> list[MicroBatch]:
         micros = [rollout.micro(rows) for rows in self._rows(rollout, self.strategy.dp_rank)]
+        if not micros:  # every rank runs the executor
+            micros = [rollout.micro(torch.zeros(1, dtype=torch.int64)).blanked()]
+        if not self.beta:  # otherwise all samples are there, as many on every rank as `setup` has checked
+            most = max(1, *(len(self._rows(rollout, rank)) for rank in range(self.strategy.dp)))
+            micros = self.strategy.filled(micros, most)
         for micro in micros:  # found here, as a search on a GPU would make the host wait for its length
             micro.extra["places"] = (micro.labels != IGNORE).flatten().nonzero()[:, 0]
         return [micro.to(self.device) for micro in micros]
-
-    def _gather(self, value: Any) -> list[Any]:
-        """The value of every rank, in their order."""
-        if self.strategy.dp == 1:
-            return [value]
-        values = [None] * self.strategy.dp
-        dist.all_gather_object(values, value)
-        return values
 
     # -- loss ---------------------------------------------------------------------------------------------------
 
