@@ -116,8 +116,8 @@ def _swiglu_backward_quantise(
     """The fields of ``HiddenGradients``; the last has no elements without a weight."""
     R, F = grad.shape
     if not grad.is_cuda or F % BLOCK or R % TILE:  # Gluon has no interpreter
-        *out, grad_weight = ref.swiglu_backward_quantise(h_codes, h_scale, grad, tile_begin, tile_count, weight)
-        return [*out, grad.new_empty(0, dtype=torch.float32) if grad_weight is None else grad_weight]
+        *results, grad_weight = ref.swiglu_backward_quantise(h_codes, h_scale, grad, tile_begin, tile_count, weight)
+        return [*results, grad.new_empty(0, dtype=torch.float32) if grad_weight is None else grad_weight]
     out = *_empty_codes(grad, F, R), *_empty_codes(grad, R, 2 * F), *_empty_codes(grad, 2 * F, R)
     a_t, a_scale_t, codes, scale, codes_t, scale_t = out
     blocks = F // BLOCK

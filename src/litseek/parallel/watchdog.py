@@ -209,7 +209,7 @@ class Watchdog:
                             self._joined.set()
                 if not data:
                     selector.unregister(peer)
-                    if peer in ranks and self._peers.pop(ranks[peer], None):
+                    if peer in ranks and self._peers.pop(ranks[peer], None) is not None:
                         self._judge(ranks[peer], None)
                     peer.close()
 

@@ -226,7 +226,7 @@ class _Products(torch.autograd.Function):
         rows, rows_scale, *kept = quantise_both(rows_MK)
         codes, ctx.leaves = weights_and_codes[count:], _leaves(*weights_and_codes[:count])
         ctx.save_for_backward(*kept, *codes[1::3], *codes[2::3])
-        return tuple(mm_fp8(rows, rows_scale, *codes[3 * i : 3 * i + 2]) for i in range(count))
+        return tuple(mm_fp8(rows, rows_scale, codes[3 * i], codes[3 * i + 1]) for i in range(count))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
