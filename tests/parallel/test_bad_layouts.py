@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +15,33 @@ from litseek.errors import LitseekError
 from litseek.parallel.mesh import Mesh
 from litseek.parallel.strategy import LitseekStrategy
 from litseek.parallel.sums import Sums
+from litseek.parallel.zero import Shares
 from tests.parallel.layouts import LAYOUTS, stage_of
 from tests.ranks import ranks
 from tests.stages.fitting import trainer
 
 
 class Poison(Callback):
-    """In step ``at`` one rank's gradients are not numbers."""
+    """In step ``at`` one gradient of rank ``rank`` is not a number, and nobody else's."""
 
     def __init__(self, rank: int, at: int) -> None:
         self.rank, self.at, self.finite, self.weights = rank, at, [], []
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, number: int) -> None:
-        if trainer.global_rank == self.rank:
-            scale = float("nan") if number == self.at else 1.0
-            parameter = next(p for n, p in module.model.named_parameters() if p.requires_grad and "experts" in n)
-            self.kept = getattr(self, "kept", None) or parameter.detach().clone()
-            parameter.data.copy_(self.kept * scale)
+        shares = trainer.strategy.shares
+        shares.reduce = partial(self.reduce, shares, trainer.global_rank == self.rank and number == self.at)
+        self.before = {name: value.clone() for name, value in module.model.state_dict().items()}
+
+    def reduce(self, shares: Shares, now: bool) -> None:
+        Shares.reduce(shares)
+        if now:
+            next(grad for grad in shares.grads() if grad.numel()).view(-1)[0] = float("nan")
 
     def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
+        state = module.model.state_dict()
+        kept = all(torch.equal(value, self.before[name]) for name, value in module.model.named_parameters())
         self.finite.append(bool(trainer.strategy.step_result.finite))
+        self.weights.append((kept, all(bool(value.isfinite().all()) for value in state.values())))
 
 
 def refused(layout: dict[str, Any], folder: Path, **keys: Any) -> str:
@@ -68,7 +76,8 @@ def unequal(pp: int, ep: int) -> str:
     import torch.distributed as dist
 
     rank = dist.get_rank()
-    micros = [MicroBatch(torch.zeros(1, 8 + (8 * rank if pp > 1 else 0), dtype=torch.long))] * (1 + (ep > 1) * rank)
+    length, number = (8 + 8 * rank, 1) if pp > 1 else (8, 1 + rank)
+    micros = [MicroBatch.of(torch.zeros(1, length, dtype=torch.long))] * number
     try:
         Sums(Mesh(2, pp, ep, rank), dist.group.WORLD).batch(micros)
     except LitseekError as error:
@@ -82,15 +91,15 @@ def test_different_batches_are_refused_by_all(pp: int, ep: int, words: str) -> N
     assert words in first and first == second
 
 
-def poisoned(folder: Path) -> tuple[list[bool], list[bool]]:
-    """On one rank: which steps were finite, and whether its weights went through them as numbers."""
-    import torch.distributed as dist
-
-    stage, poison = stage_of(), Poison(rank=1, at=1)
-    trainer(folder, 3, poison, strategy=LitseekStrategy(ep=2), devices=dist.get_world_size()).fit(stage)
-    return poison.finite, [bool(value.isfinite().all()) for value in stage.model.state_dict().values()]
+def poisoned(folder: Path, layout: dict[str, Any]) -> tuple[list[bool], list[tuple[bool, bool]]]:
+    """On one rank, for each step: whether it was finite; whether weights stayed as they were, and were numbers after it."""
+    poison = Poison(rank=1, at=1)
+    trainer(folder, 3, poison, strategy=LitseekStrategy(**layout), devices=2).fit(stage_of())
+    return poison.finite, poison.weights
 
 
-def test_nan_on_one_rank_is_skipped_by_all(tmp_path: Path) -> None:
-    for finite, whole in ranks(2).run(poisoned, tmp_path):
-        assert finite == [True, False, True] and all(whole)
+@pytest.mark.parametrize("name", ["ep2", "pp2_v"])
+def test_nan_on_one_rank_is_skipped_by_all(name: str, tmp_path: Path) -> None:
+    for finite, weights in ranks(2).run(poisoned, tmp_path, LAYOUTS[name]):
+        assert finite == [True, False, True]
+        assert weights == [(False, True), (True, True), (False, True)]
