@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,13 @@ State = dict[str, Any]
 """
 
 
+class Whole(NamedTuple):
+    """A phase and those after it, as many as ``phases``, at once: the same numbers for less of the host's time."""
+
+    run: Callable[[State, MicroBatch], State]
+    phases: int
+
+
 @dataclass(frozen=True, eq=False)
 class Phase:
     """One segment. ``announce``, for one that talks to other ranks, may run earlier and puts into the state what will
@@ -43,6 +50,7 @@ class Phase:
     modules: tuple[nn.Module, ...]
     """Whose parameters it uses."""
     announce: Callable[[State], State] | None = None
+    whole: Whole | None = None
 
     def __call__(self, state: State, micro: MicroBatch) -> State:
         return self.run(state, micro)
@@ -69,30 +77,34 @@ class Block(nn.Module):
     def phases(self, prefix: str) -> list[Phase]:
         """attend, dispatch, experts, combine; a dense block has attend and experts only."""
         attention = (self.input_layernorm, self.self_attn, self.post_attention_layernorm)
-        inner = self.wrap(self._attend)
 
-        def attend(state: State, micro: MicroBatch) -> State:
-            rotary = micro.once(("rotary", id(self.cfg)), lambda: rotation(self.cfg, micro.positions))
-            return {**state, **inner(state["x"], rotary, micro.documents)}
+        def on_stream(inner: Callable[..., State]) -> Callable[[State, MicroBatch], State]:
+            def run(state: State, micro: MicroBatch) -> State:
+                rotary = micro.once(("rotary", id(self.cfg)), lambda: rotation(self.cfg, micro.positions))
+                return {**state, **inner(state["x"], rotary, micro.documents)}
 
+            return run
+
+        attend, whole = on_stream(self.wrap(self._attend)), on_stream(self.wrap(self._whole))
         if isinstance(self.mlp, SwiGLU):
             return [
-                Phase(f"{prefix}.attend", attend, attention),
+                Phase(f"{prefix}.attend", attend, attention, whole=Whole(whole, 2)),
                 Phase(f"{prefix}.experts", self.wrap(self._dense), (self.mlp,)),
             ]
         shared = () if self.mlp.shared_experts is None else (self.mlp.shared_experts,)
+        local = isinstance(self.dispatcher, LocalDispatcher)
         return [
-            Phase(f"{prefix}.attend", attend, (*attention, self.mlp.gate)),
+            Phase(f"{prefix}.attend", attend, (*attention, self.mlp.gate), whole=Whole(whole, 4) if local else None),
             Phase(f"{prefix}.dispatch", self._dispatch, (), self._announce),
             Phase(f"{prefix}.experts", self._experts_phase(), (self.mlp.experts, *shared)),
-            Phase(f"{prefix}.combine", partial(self._combine, add=self.wrap(_sum)), ()),
+            Phase(f"{prefix}.combine", self._combine, ()),
         ]
 
     def _experts_phase(self) -> Callable[[State, MicroBatch | None], State]:
         """Compiled where the number of rows is always the same; between ranks each one would be compiled anew."""
         if isinstance(self.dispatcher, LocalDispatcher):
             return self.wrap(self._experts)
-        return partial(self._experts, shared=self.wrap(self._shared))
+        return partial(self._experts, shared=self.wrap(self._add_shared))
 
     def compile_phases(self) -> None:
         """torch.compile for the phases that are more than a kernel and talk to nobody; inference stays as it is."""
@@ -104,11 +116,17 @@ class Block(nn.Module):
         """The block for inference: attention over the latent cache, then the feed-forward."""
         normed = self.input_layernorm(x_BSD)
         x_BSD = x_BSD + self.self_attn.forward_cached(normed, positions_BS, cache, length, absorbed)
-        state = self._feed({"x": x_BSD})
+        return self._feed_forward(self._feed({"x": x_BSD}))["x"]
+
+    def _whole(self, x_BSD: Tensor, rotary: Rotary, documents_BS: Tensor | None) -> State:
+        """All phases at once, where no other rank has a part in them."""
+        return self._feed_forward(self._attend(x_BSD, rotary, documents_BS))
+
+    def _feed_forward(self, state: State) -> State:
         steps = [self._dense] if isinstance(self.mlp, SwiGLU) else [self._dispatch, self._experts, self._combine]
         for step in steps:
             state = step(state, None)
-        return state["x"]
+        return state
 
     def _attend(self, x_BSD: Tensor, rotary: Rotary, documents_BS: Tensor | None) -> State:
         return self._feed({"x": x_BSD + self.self_attn(x_BSD, self.input_layernorm, rotary, documents_BS)})
@@ -136,30 +154,25 @@ class Block(nn.Module):
         return {**rest, "rows": rows, "count": count, "weight": weight, "plan": plan.with_weight(None)}
 
     def _experts(
-        self, state: State, micro: MicroBatch | None, shared: Callable[[Tensor], Tensor] | None = None
+        self, state: State, micro: MicroBatch | None, shared: Callable[[Tensor, Tensor], Tensor] | None = None
     ) -> State:
         assert isinstance(self.mlp, MoE)
         rest = {k: v for k, v in state.items() if k not in ("u", "count", "weight")}
         rest["rows"] = self.mlp.experts(state["rows"], state["count"], state["weight"])
         if self.mlp.shared_experts is not None:
-            rest["shared"] = (shared or self._shared)(state["u"])
+            rest["x"] = (shared or self._add_shared)(state["x"], state["u"])
         return rest
 
-    def _shared(self, u: Tensor) -> Tensor:
+    def _add_shared(self, x: Tensor, u: Tensor) -> Tensor:
         assert isinstance(self.mlp, MoE) and self.mlp.shared_experts is not None
-        return self.mlp.shared_experts(u)
+        return x + self.mlp.shared_experts(u)
 
-    def _combine(self, state: State, micro: MicroBatch | None, add: Callable[..., Tensor] | None = None) -> State:
-        used = ("rows", "plan", "shared")
-        rest = {k: v for k, v in state.items() if k not in used}
+    def _combine(self, state: State, micro: MicroBatch | None) -> State:
+        rest = {k: v for k, v in state.items() if k not in ("rows", "plan")}
         y = self.dispatcher.combine(state["rows"], state["plan"]).view_as(state["x"])
-        return {**rest, "x": (add or _sum)(state["x"], y, state.get("shared"))}
+        return {**rest, "x": state["x"] + y}
 
     def _dense(self, state: State, micro: MicroBatch | None) -> State:
         assert isinstance(self.mlp, SwiGLU)
         rest = {k: v for k, v in state.items() if k != "u"}
         return {**rest, "x": state["x"] + self.mlp(state["u"])}
-
-
-def _sum(x: Tensor, y: Tensor, z: Tensor | None) -> Tensor:
-    return x + y if z is None else x + y + z

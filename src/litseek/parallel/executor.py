@@ -110,7 +110,7 @@ class Executor:
     """Forward and backward of a flat list of phases, all in one process, cut into ``chunks`` stages.
 
     ``recompute`` says by phase name which phases keep only their inputs and run again in backward. ``beside`` lets two
-    micro-batches run side by side. Gradients accumulate in ``param.grad``; the caller clears them.
+    micro-batches run side by side, phase by phase. Gradients accumulate in ``param.grad``; the caller clears them.
     """
 
     pipeline: Pipeline | None = None
@@ -128,7 +128,7 @@ class Executor:
             raise ValueError(f"strategy.chunks={chunks} must lie between 1 and the model's {len(phases)} phases.")
         edges = [round(i * len(phases) / chunks) for i in range(chunks + 1)]
         self.stages = {i: list(phases[a:b]) for i, (a, b) in enumerate(pairwise(edges))}
-        self.num_stages, self.beside = chunks, beside
+        self.num_stages, self.by_phase = chunks, beside
         self.recompute = recompute or (lambda name: False)
 
     @classmethod
@@ -138,9 +138,10 @@ class Executor:
         num_stages: int,
         recompute: Callable[[str], bool] | None,
         pipeline: Pipeline,
+        beside: bool = False,
     ) -> Executor:
         """The stages of one rank of a pipeline: number -> phases; the last of ``num_stages`` has the head."""
-        made = cls([phase for stage in stages.values() for phase in stage], 1, recompute)
+        made = cls([phase for stage in stages.values() for phase in stage], 1, recompute, beside)
         made.stages = {number: list(phases) for number, phases in stages.items()}
         made.num_stages, made.pipeline = num_stages, pipeline
         return made
@@ -178,9 +179,21 @@ class Executor:
     def _instructions(self, micros: int) -> Sequence[Instruction]:
         if self.pipeline is not None:
             return self.pipeline.steps(micros)
-        if self.beside and self.num_stages == 1:
+        if self.by_phase and self.num_stages == 1:
             return two_by_two(micros)
         return one_after_another(self.num_stages, micros)
+
+    def segments(self, stage: int) -> list[list[Phase]]:
+        """The stage's phases, those together that are one autograd graph: each alone where others may run in between,
+        or where it recomputes, so that no more than one phase's activations come back at a time."""
+        found: list[list[Phase]] = []
+        for phase in self.stages[stage]:
+            alone = self.by_phase or self.recompute(phase.name)
+            if found and not alone and not self.recompute(found[-1][0].name):
+                found[-1].append(phase)
+            else:
+                found.append([phase])
+        return found
 
     @torch.no_grad()
     def forward(
@@ -325,23 +338,23 @@ class _Run:
         state = self._taken(self.states, (stage, m)) if stage else {}
         segments = self.stash[stage, m] = []
         announced = False
-        for phase in self.executor.stages[stage]:
+        for phases in self.executor.segments(stage):
+            phase = phases[0]
             if not announced:
                 yield talks(phase.name)
             announced = False
-            if (announce := getattr(phase, "announce", None)) is not None:
+            if self.executor.by_phase and (announce := getattr(phase, "announce", None)) is not None:
                 state = announce(state)
                 yield False
                 announced = True
-            segment = Segment(phase, micro, self.aux_weights[m], self.executor.recompute(phase.name))
+            segment = Segment(phases, micro, self.aux_weights[m], self.executor.recompute(phase.name))
             state = segment.forward(state)
-            self._count(phase.name, m, segment)
+            self._count(m, segment)
             segments.append(segment)
         if stage == self.executor.num_stages - 1:
-            head = Segment(self._head(m), micro, self.weights[m], recompute=False)
+            head = Segment((self._head(m),), micro, self.weights[m], recompute=False)
             head.forward(state)
-            assert head.aux is not None
-            self.losses.append(head.aux * self.weights[m])
+            self.losses.append(head.auxes[0] * self.weights[m])
             segments.append(head)
         else:
             self.states[stage + 1, m] = state, self.lane[stage, m]
@@ -354,7 +367,7 @@ class _Run:
         later = self.put_off.setdefault((stage, m), []) if inputs_only else None
         while segments:
             segment = segments.pop()
-            yield talks(segment.phase.name)
+            yield talks(segment.phases[0].name)
             if later is None:
                 grads = segment.backward(grads)
             else:
@@ -390,11 +403,11 @@ class _Run:
         head.name = "head"  # type: ignore[attr-defined]
         return head  # type: ignore[return-value]
 
-    def _count(self, name: str, m: int, segment: Segment) -> None:
-        if segment.aux is not None:
-            self.auxes.append(segment.aux * self.aux_weights[m])
-        if segment.load is not None and not self.micros[m].blank:
-            self.loads.setdefault(name, []).append(segment.load)
+    def _count(self, m: int, segment: Segment) -> None:
+        self.auxes += [aux * self.aux_weights[m] for aux in segment.auxes]
+        if not self.micros[m].blank:
+            for name, load in segment.loads.items():
+                self.loads.setdefault(name, []).append(load)
 
 
 def talks(name: str) -> bool:

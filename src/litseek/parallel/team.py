@@ -115,7 +115,8 @@ class Team:
         if self.plan is None or self.layout.num_stages == 1:
             made = Executor(phases, chunks, recompute, overlap)
         else:
-            made = Executor.staged(self.plan.stages(phases), self.layout.num_stages, recompute, self._pipeline())
+            stages, beside = self.plan.stages(phases), overlap and self.mesh.ep > 1
+            made = Executor.staged(stages, self.layout.num_stages, recompute, self._pipeline(), beside)
         if overlap and self.device.type == "cuda":
             made.lanes = Lanes(self.device, model.parameters)
         return made

@@ -199,11 +199,14 @@ def _slots(
 def _buckets(shares: Sequence[Share], tensor: Callable[[Share], Tensor]) -> list[tuple[Ranks, list[Share]]]:
     """Runs of one replica group, kind and dtype, of about ``BUCKET`` elements; in the same order on all its ranks."""
     kinds: dict[tuple[Ranks, bool, torch.dtype], list[list[Share]]] = {}
+    sizes: dict[tuple[Ranks, bool, torch.dtype], int] = {}
     for share in shares:
         value = tensor(share)
-        runs = kinds.setdefault((share.placement.replicas, share.split, value.dtype), [[]])
-        if runs[-1] and sum(tensor(other).numel() for other in runs[-1]) + value.numel() > BUCKET:
+        kind = share.placement.replicas, share.split, value.dtype
+        runs, size = kinds.setdefault(kind, [[]]), value.numel()
+        if runs[-1] and sizes[kind] + size > BUCKET:
             runs.append([])
+        sizes[kind] = size + (sizes[kind] if runs[-1] else 0)
         runs[-1].append(share)
     ordered = sorted(kinds.items(), key=lambda item: (item[0][0], item[0][1], str(item[0][2])))
     return [(replicas, run) for (replicas, _, _), runs in ordered for run in runs]
