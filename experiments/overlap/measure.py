@@ -1,9 +1,9 @@
 """A step's time, and how much of its communication runs beside computation, on two ranks.
 
-    torchrun --nproc-per-node 2 experiments/overlap/measure.py ep2_overlap [model=tiny precision=fp32 ...]
+    torchrun --nproc-per-node 2 experiments/overlap/measure.py ep2_plain ep2_overlap [model=tiny precision=fp32 ...]
 
-The first word is an arm of this folder, the others are settings as `litseek train` takes them; `warmup=`, `steps=` and
-`out=` (a folder) are this script's. A row of results.csv, and on GPUs <arm>.json (the kernels of one step) and <arm>.png.
+Words are arms of this folder, key=value are settings as `litseek train` takes them; `warmup=`, `steps=` and `out=` (a
+folder) are this script's. Of each arm a row of results.csv, and on GPUs <arm>.json (the kernels of one step) and <arm>.png.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch.distributed as dist
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from litseek.cli.bench_step import TrainingStep
+from litseek.cli.bench_step import TrainingStep, free
 from litseek.cli.compose import compose, make
 
 Spans = list[tuple[float, float]]
@@ -138,7 +138,8 @@ def timed(step: TrainingStep, warmup: int, steps: int, device: torch.device) -> 
 
 
 def main() -> None:
-    arm, *words = sys.argv[1:]
+    arms = [word for word in sys.argv[1:] if "=" not in word]
+    words = [word for word in sys.argv[1:] if "=" in word]
     own = {"warmup": "3", "steps": "10", "out": str(Path(__file__).parent)}
     own |= {key: value for key, _, value in (w.partition("=") for w in words) if key in own}
     settings = [word for word in words if word.partition("=")[0] not in own]
@@ -146,6 +147,13 @@ def main() -> None:
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+    for arm in arms:
+        measure(arm, settings, own, device)
+        free()
+    dist.destroy_process_group()
+
+
+def measure(arm: str, settings: list[str], own: dict[str, str], device: torch.device) -> None:
     cfg = compose("train", (f"experiment=overlap/{arm}", *settings)).cfg
     world, warmup, steps = int(os.environ["WORLD_SIZE"]), int(own["warmup"]), int(own["steps"])
     if cfg.stage.batch % world:
@@ -155,6 +163,7 @@ def main() -> None:
     step = TrainingStep(*parts, **shape, device=device, compile=cfg.stage.compile)
     step.prepare(warmup + steps + 1)
     ms = timed(step, warmup, steps, device)
+    cuda = device.type == "cuda"
     row: dict[str, Any] = {"arm": arm, "settings": " ".join(settings), "world": world, "step_ms": round(ms, 3)}
     row["device"] = torch.cuda.get_device_name(device) if cuda else "cpu"
     row["tokens_per_s_per_gpu"] = round(cfg.stage.batch * cfg.data.seq_len / ms * 1e3 / world)
@@ -174,8 +183,7 @@ def main() -> None:
             if new:
                 writer.writeheader()
             writer.writerow(row)
-        print(json.dumps(row))
-    dist.destroy_process_group()
+        print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":
