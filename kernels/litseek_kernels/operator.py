@@ -39,11 +39,13 @@ class Operator:
         """As torch.autograd.Function has them."""
         self.op.register_autograd(backward, setup_context=setup_context)
 
-        def forward(*args: Any) -> Any:
+        def forward(ctx: Any, *args: Any) -> Any:  # one that has a setup_context binds its arguments anew each time
             with torch._C._AutoDispatchBelowAutograd():
-                return self.launch(*args)
+                out = self.launch(*args)
+            setup_context(ctx, args, out)
+            return out
 
-        parts = {"forward": forward, "setup_context": setup_context, "backward": backward}
+        parts = {"forward": forward, "backward": backward}
         self.function = type("_Called", (torch.autograd.Function,), {k: staticmethod(v) for k, v in parts.items()})
 
 

@@ -100,14 +100,14 @@ class Block(nn.Module):
             Phase(f"{prefix}.attend", attend, (*attention, self.mlp.gate), whole=Whole(whole, 4) if local else None),
             Phase(f"{prefix}.dispatch", self._dispatch, (), announce),
             Phase(f"{prefix}.experts", self._experts_phase(), (self.mlp.experts, *shared)),
-            Phase(f"{prefix}.combine", partial(self._combine, add=self.wrap(_sum)), ()),
+            Phase(f"{prefix}.combine", self._combine, ()),
         ]
 
     def _experts_phase(self) -> Callable[[State, MicroBatch | None], State]:
         """Compiled where the number of rows is always the same; each other one would be compiled anew."""
         if self.dispatcher.fixed_rows:
             return self.wrap(self._experts)
-        return partial(self._experts, shared=self.wrap(self._shared))
+        return partial(self._experts, shared=self.wrap(self._add_shared))
 
     def compile_phases(self) -> None:
         """torch.compile for the phases that are more than a kernel and talk to nobody; inference stays as it is."""
@@ -157,36 +157,25 @@ class Block(nn.Module):
         return {**rest, "rows": rows, "count": count, "weight": weight, "plan": plan.with_weight(None)}
 
     def _experts(
-        self, state: State, micro: MicroBatch | None, shared: Callable[[Tensor], Tensor] | None = None
+        self, state: State, micro: MicroBatch | None, shared: Callable[[Tensor, Tensor], Tensor] | None = None
     ) -> State:
         assert isinstance(self.mlp, MoE)
         rest = {k: v for k, v in state.items() if k not in ("u", "count", "weight")}
         rest["rows"] = self.mlp.experts(state["rows"], state["count"], state["weight"])
         if self.mlp.shared_experts is not None:
-            rest["shared"] = (shared or self._shared)(state["u"])
+            rest["x"] = (shared or self._add_shared)(state["x"], state["u"])
         return rest
 
-    def _shared(self, u: Tensor) -> Tensor:
+    def _add_shared(self, x: Tensor, u: Tensor) -> Tensor:
         assert isinstance(self.mlp, MoE) and self.mlp.shared_experts is not None
-        return self.mlp.shared_experts(u)
+        return x + self.mlp.shared_experts(u)
 
-    def _combine(
-        self,
-        state: State,
-        micro: MicroBatch | None,
-        add: Callable[..., Tensor] | None = None,
-        by: Dispatcher | None = None,
-    ) -> State:
-        used = ("rows", "plan", "shared")
-        rest = {k: v for k, v in state.items() if k not in used}
+    def _combine(self, state: State, micro: MicroBatch | None, by: Dispatcher | None = None) -> State:
+        rest = {k: v for k, v in state.items() if k not in ("rows", "plan")}
         y = (by or self.dispatcher).combine(state["rows"], state["plan"]).view_as(state["x"])
-        return {**rest, "x": (add or _sum)(state["x"], y, state.get("shared"))}
+        return {**rest, "x": state["x"] + y}
 
     def _dense(self, state: State, micro: MicroBatch | None) -> State:
         assert isinstance(self.mlp, SwiGLU)
         rest = {k: v for k, v in state.items() if k != "u"}
         return {**rest, "x": state["x"] + self.mlp(state["u"])}
-
-
-def _sum(x: Tensor, y: Tensor, z: Tensor | None) -> Tensor:
-    return x + y if z is None else x + y + z

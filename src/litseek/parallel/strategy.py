@@ -415,7 +415,11 @@ class LitseekStrategy(ParallelStrategy):
             if not failed:
                 raise
             warnings.warn(f"{error}", stacklevel=2)  # what ended the training is the error to be read
+        stage = self._lightning_module
+        if stage is not None and any(parameter.is_meta for parameter in stage.parameters()):
+            self._lightning_module = None  # refused before it got memory: Lightning cannot move it, and would hide why
         super().teardown()
+        self._lightning_module = stage
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         wanted = self.team.wanted({share.name: share for share in self.shares.shares})
