@@ -54,7 +54,7 @@ class Segment:
     def backward(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:
         """Gradients of the inputs from those of the outputs; parameters accumulate on the way."""
         roots = self._again() if self.recompute else self.roots
-        seeds: dict[str | int, Tensor] = {**grads}
+        seeds: dict[str | int, Tensor] = dict(grads.items())
         if self.auxes:
             weight = torch.full_like(self.auxes[0], self.aux_weight)
             seeds |= dict.fromkeys(range(len(self.auxes)), weight)
@@ -114,7 +114,7 @@ class _Entry(torch.autograd.Function):
 
 
 def _edges(outputs: State, auxes: Sequence[Tensor]) -> dict[str | int, GradientEdge]:
-    tensors = {**outputs, **dict(enumerate(auxes))}.items()
+    tensors: list[tuple[str | int, Any]] = [*outputs.items(), *enumerate(auxes)]
     return {k: get_gradient_edge(v) for k, v in tensors if isinstance(v, Tensor) and v.requires_grad}
 
 
