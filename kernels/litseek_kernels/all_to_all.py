@@ -411,6 +411,6 @@ def _collect_kernel(
         total += tl.load(buffer_ptr + (w * ROOM + t) * D + d, mask=here & (d < D), other=0.0).to(tl.float32)
     tl.store(y_ptr + t * D + d, total.to(y_ptr.dtype.element_ty), mask=d < D)
     if WEIGHTED:
-        once = (k < K) & (tl.program_id(1) == 0)
+        once = (k < K) & (tl.program_id(1) == 0) & (rank >= 0) & (rank < W)
         weights = weight_ptr + _last_half(state_ptr, half_weight, EXCHANGES)
         tl.store(numbers_ptr + t * K + k, tl.load(weights + (rank * ROOM + t) * K + k, mask=once, other=0.0), mask=once)

@@ -1,6 +1,8 @@
 """Rows between nodes: each crosses once, as counted on 2 x 2 ranks and by the pure function on a layout of 8 nodes."""
 
 from functools import cache
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +11,9 @@ from litseek_kernels.ref.gate import choose_experts
 from torch import Tensor
 
 from litseek.parallel.hierarchical import HierarchicalDispatcher, NodeGroups, node_groups, rows_between_nodes
+from litseek.parallel.strategy import LitseekStrategy
+from tests.parallel.layouts import train_here
+from tests.parallel.test_layouts import same
 from tests.ranks import ranks
 
 D = 16
@@ -65,3 +70,14 @@ def uneven() -> None:
 def test_nodes_that_do_not_divide_are_refused():
     with pytest.raises(RuntimeError, match="group of 4 ranks is not a multiple of 3 on a node"):
         ranks(4).run(uneven)
+
+
+def trained(folder: Path) -> dict[str, Any]:
+    """Two steps on four ranks that pass for two nodes of two."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LitseekStrategy, "ranks_per_node", 2)
+        return train_here(folder, dict(ep=4, dispatcher="hierarchical", overlap=True), steps=2)
+
+
+def test_training_over_nodes_equals_one_process(tmp_path):
+    same(ranks(4).run(trained, tmp_path / "four"), train_here(tmp_path / "one", {}, steps=2))

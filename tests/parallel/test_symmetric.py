@@ -7,6 +7,7 @@ import os
 import tempfile
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,9 +15,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from litseek.models.dispatch import LocalDispatcher
+from litseek.parallel import symmetric
 from litseek.parallel.dispatch import AllToAllDispatcher
+from litseek.parallel.dispatchers import Dispatchers
+from litseek.parallel.strategy import LitseekStrategy
 from litseek.parallel.symmetric import Exchange, SymmetricDispatcher
 from litseek.precision import BF16, FP8
+from tests.parallel.layouts import joined, train_here
+from tests.parallel.test_layouts import same
 from tests.ranks import Ranks
 
 W, E, D, K, T = 2, 4, 32, 2, 6
@@ -165,7 +171,7 @@ def test_outputs_and_gradients_equal_the_local_dispatcher(pair):
 
 def with_little_room(device: str) -> tuple[list[Tensor], list[int]]:
     """The protocol of a step: ask all ranks, make room, run again."""
-    dispatcher = SymmetricDispatcher(exchange(device, capacity=3))
+    dispatcher = SymmetricDispatcher(exchange(device, factor=3 / ((T + 2) * K)))
     grown = []
     while True:
         found = Through(dispatcher, *mine(device, "unequal"), inside=True).backward()
@@ -222,18 +228,45 @@ def test_a_peer_that_does_not_come_is_noticed(pair):
     assert pair(a_peer_is_missing) == [True, False]
 
 
-def refused(device: str, experts: int, capacity: int) -> None:
-    Exchange(experts, group(device), T, K, D, torch.float32, capacity=capacity)
+def refused(device: str) -> None:
+    Exchange(3, group(device), T, K, D, torch.float32)
 
 
-@pytest.mark.parametrize(
-    ("experts", "capacity", "message"),
-    [
-        (3, 4, r"model\.n_routed_experts=3 is not a multiple of the 2 ranks"),
-        (4, 0, r"capacity=0 rows must be between 1 and the worst case, 24"),
-        (4, 25, r"capacity=25 rows"),
-    ],
-)
-def test_what_cannot_be_is_refused(pair, experts, capacity, message):
-    with pytest.raises(RuntimeError, match=message):
-        pair(refused, experts, capacity)
+def test_experts_that_do_not_divide_are_refused(pair):
+    with pytest.raises(RuntimeError, match=r"model\.n_routed_experts=3 is not a multiple of the 2 ranks"):
+        pair(refused)
+
+
+def trained(device: str, folder: Path, layout: dict[str, Any]) -> tuple[dict[str, Any], list[int | None]]:
+    """A run of two steps with a validation after the second, and how often each step ran again."""
+    retries: list[int | None] = []
+
+    def train(self: Dispatchers, *args: Any) -> Any:
+        found = before(self, *args)
+        retries.append(found[1])
+        return found
+
+    before = Dispatchers.train
+    os.environ.pop("TRITON_INTERPRET", None)  # other ops run their references
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Dispatchers, "train", train)
+        if device == "cpu":
+            patch.setattr(symmetric, "share", share_files)
+            patch.setattr(LitseekStrategy, "check_nodes", lambda self: None)
+        run = train_here(
+            folder, dict(ep=2, comm_sms=3, timeout_s=60) | layout, steps=2, model=dict(num_hidden_layers=2), batch=4
+        )
+    return run, retries
+
+
+def test_training_with_too_little_room_equals_training_with_enough(pair, tmp_path):
+    wanted = [run for run, _ in pair(trained, tmp_path / "hops", {})]
+    for factor, overlap in ((0.4, False), (None, True)):
+        layout = dict(dispatcher="symmetric", capacity_factor=factor, overlap=overlap)
+        runs, retries = zip(*pair(trained, tmp_path / f"{factor}", layout))
+        assert retries[0] == retries[1]
+        assert retries[0] == [None, None] if factor is None else retries[0][0] >= 1
+        same(
+            list(runs),
+            {key: joined(wanted, key) if key in ("state", "average") else wanted[0][key] for key in wanted[0]},
+        )

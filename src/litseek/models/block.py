@@ -73,6 +73,8 @@ class Block(nn.Module):
             self.mlp = SwiGLU(cfg, precision, cfg.intermediate_size)
         self.cfg = cfg
         self.dispatcher: Dispatcher = LocalDispatcher(cfg.n_routed_experts)
+        self.cached_dispatcher: Dispatcher | None = None
+        """Moves the rows in `forward_cached`, where the numbers of tokens vary, if another one shall."""
 
     def phases(self, prefix: str) -> list[Phase]:
         """attend, dispatch, experts, combine; a dense block has attend and experts only."""
@@ -93,16 +95,17 @@ class Block(nn.Module):
             ]
         shared = () if self.mlp.shared_experts is None else (self.mlp.shared_experts,)
         local = isinstance(self.dispatcher, LocalDispatcher)
+        announce = None if self.dispatcher.fixed_rows else self._announce
         return [
             Phase(f"{prefix}.attend", attend, (*attention, self.mlp.gate), whole=Whole(whole, 4) if local else None),
-            Phase(f"{prefix}.dispatch", self._dispatch, (), self._announce),
+            Phase(f"{prefix}.dispatch", self._dispatch, (), announce),
             Phase(f"{prefix}.experts", self._experts_phase(), (self.mlp.experts, *shared)),
             Phase(f"{prefix}.combine", self._combine, ()),
         ]
 
     def _experts_phase(self) -> Callable[[State, MicroBatch | None], State]:
-        """Compiled where the number of rows is always the same; between ranks each one would be compiled anew."""
-        if isinstance(self.dispatcher, LocalDispatcher):
+        """Compiled where the number of rows is always the same; each other one would be compiled anew."""
+        if self.dispatcher.fixed_rows:
             return self.wrap(self._experts)
         return partial(self._experts, shared=self.wrap(self._add_shared))
 
@@ -116,17 +119,16 @@ class Block(nn.Module):
         """The block for inference: attention over the latent cache, then the feed-forward."""
         normed = self.input_layernorm(x_BSD)
         x_BSD = x_BSD + self.self_attn.forward_cached(normed, positions_BS, cache, length, absorbed)
-        return self._feed_forward(self._feed({"x": x_BSD}))["x"]
+        return self._feed_forward(self._feed({"x": x_BSD}), self.cached_dispatcher)["x"]
 
     def _whole(self, x_BSD: Tensor, rotary: Rotary, documents_BS: Tensor | None) -> State:
         """All phases at once, where no other rank has a part in them."""
         return self._feed_forward(self._attend(x_BSD, rotary, documents_BS))
 
-    def _feed_forward(self, state: State) -> State:
-        steps = [self._dense] if isinstance(self.mlp, SwiGLU) else [self._dispatch, self._experts, self._combine]
-        for step in steps:
-            state = step(state, None)
-        return state
+    def _feed_forward(self, state: State, by: Dispatcher | None = None) -> State:
+        if isinstance(self.mlp, SwiGLU):
+            return self._dense(state, None)
+        return self._combine(self._experts(self._dispatch(state, None, by), None), None, by=by)
 
     def _attend(self, x_BSD: Tensor, rotary: Rotary, documents_BS: Tensor | None) -> State:
         return self._feed({"x": x_BSD + self.self_attn(x_BSD, self.input_layernorm, rotary, documents_BS)})
@@ -146,11 +148,12 @@ class Block(nn.Module):
     def _announce(self, state: State) -> State:
         return {**state, "announced": self.dispatcher.announce(state["expert"])}
 
-    def _dispatch(self, state: State, micro: MicroBatch | None) -> State:
+    def _dispatch(self, state: State, micro: MicroBatch | None, by: Dispatcher | None = None) -> State:
+        by = by or self.dispatcher
         rest = {k: v for k, v in state.items() if k not in ("expert", "weight", "announced")}
         u_TD = state["u"].flatten(0, 1)
-        rows, count, plan = self.dispatcher.dispatch(u_TD, state["expert"], state["weight"], state.get("announced"))
-        weight = self.dispatcher.row_weights(plan)
+        rows, count, plan = by.dispatch(u_TD, state["expert"], state["weight"], state.get("announced"))
+        weight = by.row_weights(plan)
         return {**rest, "rows": rows, "count": count, "weight": weight, "plan": plan.with_weight(None)}
 
     def _experts(
@@ -167,9 +170,9 @@ class Block(nn.Module):
         assert isinstance(self.mlp, MoE) and self.mlp.shared_experts is not None
         return x + self.mlp.shared_experts(u)
 
-    def _combine(self, state: State, micro: MicroBatch | None) -> State:
+    def _combine(self, state: State, micro: MicroBatch | None, by: Dispatcher | None = None) -> State:
         rest = {k: v for k, v in state.items() if k not in ("rows", "plan")}
-        y = self.dispatcher.combine(state["rows"], state["plan"]).view_as(state["x"])
+        y = (by or self.dispatcher).combine(state["rows"], state["plan"]).view_as(state["x"])
         return {**rest, "x": state["x"] + y}
 
     def _dense(self, state: State, micro: MicroBatch | None) -> State:

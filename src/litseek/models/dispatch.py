@@ -29,8 +29,12 @@ class Dispatcher(Protocol):
     A block takes the weights out of the plan and multiplies them into the experts' hidden activations instead:
     ``row_weights`` are the plan's weights in the rows' order, and combine without weights is a plain sum.
 
-    ``announce`` may send ahead what the host will have to wait for; ``dispatch`` of the same choices takes what it gave.
+    ``fixed_rows`` says that the rows' number does not depend on the choices: those after ``count_E.sum()`` mean nothing.
+    Otherwise ``announce`` may send ahead what the host will have to wait for; ``dispatch`` of the same choices takes what it gave.
     """
+
+    @property
+    def fixed_rows(self) -> bool: ...
 
     def announce(self, expert_TK: Tensor) -> Any: ...
 
@@ -45,6 +49,8 @@ class Dispatcher(Protocol):
 
 class LocalDispatcher:
     """All experts are here: a sort and its inverse."""
+
+    fixed_rows = True
 
     def __init__(self, num_experts: int):
         self.num_experts = num_experts

@@ -110,6 +110,8 @@ class HopDispatcher:
     this rank's experts. Every rank of the groups must take part in each call and each backward, be it without tokens.
     """
 
+    fixed_rows = False
+
     def __init__(self, num_experts: int, hops: Sequence[Hop], precision: Precision | None = None) -> None:
         ranks = prod(hop.world for hop in hops)
         if num_experts % ranks:

@@ -116,6 +116,8 @@ class Executor:
     pipeline: Pipeline | None = None
     lanes: OneLane = OneLane()
     """Where two parts that run side by side do."""
+    score: Callable[[Callable[[], list[Any]], Sequence[MicroBatch]], list[Any]]
+    """Runs a forward pass, as often as it takes (`litseek.parallel.dispatchers`)."""
 
     def __init__(
         self,
@@ -130,6 +132,7 @@ class Executor:
         self.stages = {i: list(phases[a:b]) for i, (a, b) in enumerate(pairwise(edges))}
         self.num_stages, self.by_phase = chunks, beside
         self.recompute = recompute or (lambda name: False)
+        self.score = lambda attempt, micros: attempt()
 
     @classmethod
     def staged(
@@ -195,15 +198,21 @@ class Executor:
                 found.append([phase])
         return found
 
-    @torch.no_grad()
     def forward(
         self, micros: Sequence[MicroBatch], head: Callable[[State, MicroBatch], Any], until: str | None = None
     ) -> list[Any]:
         """`head(state, micro)` of each micro-batch, without gradients: validation and scoring. None for a micro-batch
         whose last stage lies elsewhere, and for a blank one.
 
-        ``until`` names the last phase to run; "norm" leaves the MTP depths out.
+        ``until`` names the last phase to run; "norm" leaves the MTP depths out. ``head`` may be called again for the same
+        micro-batch, with another state: what it gave before is dropped.
         """
+        return self.score(lambda: self._forward(micros, head, until), micros)
+
+    @torch.no_grad()
+    def _forward(
+        self, micros: Sequence[MicroBatch], head: Callable[[State, MicroBatch], Any], until: str | None
+    ) -> list[Any]:
         answers: list[Any] = [None] * len(micros)
         states: dict[tuple[int, int], State] = {}
         ends = [number for number, phases in self.stages.items() if any(phase.name == until for phase in phases)]

@@ -26,15 +26,21 @@ class NodeGroups(NamedTuple):
     """The ranks of the same node, in order of indices."""
 
 
-def node_groups(expert_groups: Sequence[Sequence[int]], local: int) -> NodeGroups:
-    """This rank's two groups. ``expert_groups`` are the world's ranks by expert-parallel group, the same on every rank,
-    since all of them make all groups together; ``local`` is how many ranks of each lie on a node."""
+def node_ranks(expert_groups: Sequence[Sequence[int]], local: int) -> tuple[list[list[int]], list[list[int]]]:
+    """The ranks of every group between nodes and of every group inside one, ``local`` of an expert-parallel group's ranks
+    lying on a node."""
     for ranks in expert_groups:
         if len(ranks) % local:
             raise ValueError(f"An expert-parallel group of {len(ranks)} ranks is not a multiple of {local} on a node.")
     between = [list(ranks[i::local]) for ranks in expert_groups for i in range(local)]
     inside = [list(ranks[n : n + local]) for ranks in expert_groups for n in range(0, len(ranks), local)]
-    return NodeGroups(*(dist.new_subgroups_by_enumeration(lists)[0] for lists in (between, inside)))
+    return between, inside
+
+
+def node_groups(expert_groups: Sequence[Sequence[int]], local: int) -> NodeGroups:
+    """This rank's two groups. ``expert_groups`` are the world's ranks by expert-parallel group, the same on every rank,
+    since all of them make all groups together; ``local`` is how many ranks of each lie on a node."""
+    return NodeGroups(*(dist.new_subgroups_by_enumeration(lists)[0] for lists in node_ranks(expert_groups, local)))
 
 
 class HierarchicalDispatcher(HopDispatcher):

@@ -189,14 +189,15 @@ class Partition:
         dtype = weight.dtype if weight.dtype == torch.float64 else model.precision.compute_dtype
         return cls(mesh, layout, names, placements, sets, owner, cfg.hidden_size, dtype)
 
-    def apply(self, model: Transformer, dispatcher: Callable[[], Dispatcher] | None) -> None:
-        """Keep this rank's tensors only. ``dispatcher`` gives each mixture its own, None leaves the local one."""
+    def apply(self, model: Transformer, dispatchers: Callable[[], tuple[Dispatcher, Dispatcher | None]] | None) -> None:
+        """Keep this rank's tensors only. ``dispatchers`` gives each mixture its own, and another for generation or None;
+        None leaves the local one."""
         for prefix, module in model.named_modules():
             if isinstance(module, Experts) and self.mesh.ep > 1:
                 for part in EXPERT:
                     _keep_rows(module, part, self.placements.get(f"{prefix}.{part}"))
-            if isinstance(module, Block) and isinstance(module.mlp, MoE) and dispatcher is not None:
-                module.dispatcher = dispatcher()
+            if isinstance(module, Block) and isinstance(module.mlp, MoE) and dispatchers is not None:
+                module.dispatcher, module.cached_dispatcher = dispatchers()
             for kind in (module._parameters, module._buffers):
                 for name in kind:
                     if (f"{prefix}.{name}" if prefix else name) not in self.placements:

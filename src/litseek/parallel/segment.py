@@ -43,7 +43,7 @@ class Segment:
 
     def forward(self, state: State) -> State:
         if self.recompute:
-            self.inputs, self.random = state, _random_state()
+            self.inputs, self.random = state, random_state()
         with torch.set_grad_enabled(not self.recompute):
             outputs, auxes, self.loads = self._run(state)
         self.auxes = [aux.detach() for aux in auxes]
@@ -54,7 +54,7 @@ class Segment:
     def backward(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:
         """Gradients of the inputs from those of the outputs; parameters accumulate on the way."""
         roots = self._again() if self.recompute else self.roots
-        seeds: dict[str | int, Tensor] = {**grads}
+        seeds: dict[str | int, Tensor] = dict(grads.items())
         if self.auxes:
             weight = torch.full_like(self.auxes[0], self.aux_weight)
             seeds |= dict.fromkeys(range(len(self.auxes)), weight)
@@ -114,11 +114,11 @@ class _Entry(torch.autograd.Function):
 
 
 def _edges(outputs: State, auxes: Sequence[Tensor]) -> dict[str | int, GradientEdge]:
-    tensors = {**outputs, **dict(enumerate(auxes))}.items()
+    tensors: list[tuple[str | int, Any]] = [*outputs.items(), *enumerate(auxes)]
     return {k: get_gradient_edge(v) for k, v in tensors if isinstance(v, Tensor) and v.requires_grad}
 
 
-def _random_state() -> tuple[Tensor, Tensor | None]:
+def random_state() -> tuple[Tensor, Tensor | None]:
     return torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_available() else None
 
 
@@ -126,15 +126,15 @@ def _random_state() -> tuple[Tensor, Tensor | None]:
 def _random_restored(state: tuple[Tensor, Tensor | None]):
     """The generators as they were at the first forward, and afterwards as if nothing had been drawn again."""
     cpu, cuda = state
-    now = _random_state()
+    now = random_state()
     try:
-        _set_random(cpu, cuda)
+        set_random(cpu, cuda)
         yield
     finally:
-        _set_random(*now)
+        set_random(*now)
 
 
-def _set_random(cpu: Tensor, cuda: Tensor | None) -> None:
+def set_random(cpu: Tensor, cuda: Tensor | None) -> None:
     torch.set_rng_state(cpu)
     if cuda is not None:
         torch.cuda.set_rng_state(cuda)

@@ -28,16 +28,16 @@ from torch.optim import Optimizer
 from litseek.data.batch import MicroBatch
 from litseek.optim import AdamW
 from litseek.parallel import preempt, storage
-from litseek.parallel.executor import EXCHANGE, Executor, HeadLoss, StepResult, talks
+from litseek.parallel.dispatchers import Choice
+from litseek.parallel.executor import Executor, HeadLoss, StepResult, talks
 from litseek.parallel.launch import Launcher
 from litseek.parallel.mesh import Mesh
-from litseek.parallel.schedule import KINDS, fewest_micros, make_schedule
+from litseek.parallel.schedule import fewest_micros, make_schedule
+from litseek.parallel.settings import check_exchange, check_layout, check_nodes
 from litseek.parallel.sums import Sums
 from litseek.parallel.team import Team
 from litseek.parallel.writer import CheckpointWriter
 from litseek.parallel.zero import Share, Shares
-
-RECOMPUTED = ("attend", "dispatch", "experts", "combine", "all")
 
 
 class LitseekStrategy(ParallelStrategy):
@@ -46,7 +46,10 @@ class LitseekStrategy(ParallelStrategy):
     ``pp`` ranks hold a pipeline's stages and run ``schedule`` (1f1b, zb1p, dualpipe, dualpipev); ``ep`` ranks share the
     experts; what is left of the world holds copies. ``overlap`` lets one micro-batch's exchanges run beside another's
     computations: on a GPU on streams of their own, with ``comm_sms`` multiprocessors for the exchanges of experts' rows;
-    in a pipeline where its schedule pairs two, without one two by two. ``zero`` splits the optimizer's state over copies
+    in a pipeline where its schedule pairs two, without one two by two. ``dispatcher`` moves the rows: "all_to_all" (torch's
+    collective), "symmetric" (our kernels, GPUs of one node) or "hierarchical" (once between nodes, then inside).
+    ``capacity_factor`` times the even share of rows has room with "symmetric", None all there could be; a step that wants
+    more runs again with room for it and counts in the metric "dispatch/retries". ``zero`` splits the optimizer's state over copies
     (ZeRO-1). ``recompute`` names the phases that run again in backward instead of keeping their activations, by their
     last part: "attend", "experts", or "all". ``chunks`` cuts the model of a single process for the executor.
     With ``checkpoint_async`` training goes on while a checkpoint, copied to host memory, is written.
@@ -62,6 +65,8 @@ class LitseekStrategy(ParallelStrategy):
         schedule: str | None = None,
         overlap: bool = False,
         comm_sms: int = 20,
+        dispatcher: str = "all_to_all",
+        capacity_factor: float | None = None,
         zero: bool = True,
         chunks: int = 1,
         recompute: Sequence[str] = (),
@@ -71,30 +76,10 @@ class LitseekStrategy(ParallelStrategy):
         **plugins: Any,
     ) -> None:
         super().__init__(**plugins)
-        for name in recompute:
-            if name not in RECOMPUTED:
-                raise ValueError(f"strategy.recompute names '{name}': allowed are {', '.join(RECOMPUTED)}.")
-            if ep > 1 and name in EXCHANGE:
-                raise ValueError(
-                    f"strategy.recompute names '{name}', which talks to other ranks: strategy.ep={ep} must be 1."
-                )
-        if schedule is not None and schedule not in KINDS:
-            raise ValueError(f"strategy.schedule={schedule} is not known: allowed are {', '.join(KINDS)}, or null.")
-        if pp > 1 and schedule is None:
-            raise ValueError(f"strategy.pp={pp} needs strategy.schedule: one of {', '.join(KINDS)}.")
-        if schedule is not None and chunks != 1:
-            raise ValueError(
-                f"strategy.chunks={chunks} is for one process, strategy.schedule={schedule} cuts by itself."
-            )
-        if schedule == "dualpipe" and pp % 2:
-            raise ValueError(
-                f"strategy.schedule=dualpipe pairs the ranks of a pipeline: strategy.pp={pp} must be even."
-            )
-        if not isinstance(comm_sms, int) or comm_sms < 1:
-            raise ValueError(f"strategy.comm_sms={comm_sms} must be an integer of at least 1.")
-        self.comm_sms = comm_sms
+        check_layout(pp, ep, schedule, chunks, recompute)
+        check_exchange(dispatcher, ep, comm_sms, capacity_factor)
+        self.comm_sms, self.dispatcher, self.capacity_factor = comm_sms, dispatcher, capacity_factor
         self.pp, self.ep, self.schedule, self.overlap, self.zero = pp, ep, schedule, overlap, zero
-        Mesh(pp * ep, pp, ep)  # checks them
         self.num_chunks, self.recompute = chunks, tuple(recompute)
         self.backend, self.timeout = backend, timedelta(seconds=timeout_s)
         self.checkpoint_async = checkpoint_async
@@ -121,6 +106,11 @@ class LitseekStrategy(ParallelStrategy):
         return self.parallel_devices[self.local_rank]
 
     @property
+    def ranks_per_node(self) -> int:
+        assert self.parallel_devices is not None
+        return len(self.parallel_devices)
+
+    @property
     def mesh(self) -> Mesh:
         return Mesh(self.world_size, self.pp, self.ep, self.global_rank)
 
@@ -141,7 +131,9 @@ class LitseekStrategy(ParallelStrategy):
     def team(self) -> Team:
         """The process groups; made by the first who asks, on all ranks alike."""
         if self._team is None:
-            self._team = Team(self.mesh, self.schedule, self.timeout, self.root_device, self.comm_sms)
+            lanes = 2 if self.overlap else 1
+            choice = Choice(self.dispatcher, self.comm_sms, self.capacity_factor, lanes, self.ranks_per_node)
+            self._team = Team(self.mesh, self.schedule, self.timeout, self.root_device, choice)
         return self._team
 
     @property
@@ -171,8 +163,13 @@ class LitseekStrategy(ParallelStrategy):
         assert self.cluster_environment is not None and self.parallel_devices is not None
         processes = len(self.parallel_devices)
         Mesh(processes * self.num_nodes, self.pp, self.ep)  # whose sizes must fit: said once, before there are others
+        self.check_nodes()
         if processes * self.num_nodes > 1:
             self._launcher = Launcher(self.cluster_environment, processes, self.num_nodes)
+
+    def check_nodes(self) -> None:
+        """ValueError where the dispatcher cannot run on these nodes."""
+        check_nodes(self.dispatcher, self.ep, self.ranks_per_node, self.root_device.type)
 
     def setup_environment(self) -> None:
         if type(self.precision_plugin) is not Precision:
@@ -276,16 +273,30 @@ class LitseekStrategy(ParallelStrategy):
 
     def forward_backward(self, micros: Sequence[MicroBatch], head_loss: HeadLoss) -> StepResult:
         """Loss and gradients of the global batch, of which ``micros`` are this rank's part; equal on all ranks."""
-        targets, tokens, self.stopping = self.sums.batch(micros, preempt.requested())
+        batch = self.sums.batch(micros, preempt.requested())
+        self.stopping = batch.stop
         if hasattr(self._module, "attach"):
             self._module.attach()
-        # gradients and losses are averaged over the global batch's ranks below, hence the division here
-        result = self.executor.forward_backward(micros, head_loss, total_targets=targets / self.dp)
-        result.tokens = tokens
+
+        def attempt() -> StepResult:
+            # gradients and losses are averaged over the global batch's ranks below, hence the division here
+            return self.executor.forward_backward(micros, head_loss, total_targets=batch.targets / self.dp)
+
+        dispatchers, retries, late = self.team.dispatchers, None, None
+        if dispatchers is None:
+            result = attempt()
+        else:
+            result, retries = dispatchers.train(attempt, self.clear_gradients, batch.longest)
+            late = dispatchers.late()
+        result.tokens = batch.tokens
         self.sums.result(result)
+        if retries is not None:
+            result.metrics["dispatch/retries"] = torch.tensor(float(retries))
         self.shares.reduce()
         result.grad_norm, finite = self.sums.norm(self.shares.squares_count_once())
         result.finite = finite & torch.isfinite(result.loss)
+        if late is not None:
+            result.finite &= ~late
         self.step_result, self._scale = result, None
         return result
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,17 @@ from litseek.parallel.executor import StepResult
 from litseek.parallel.mesh import Mesh
 
 
+class Totals(NamedTuple):
+    """Of the global batch."""
+
+    targets: float
+    tokens: int
+    stop: bool
+    """Whether any rank asks for it."""
+    longest: int
+    """The most tokens of a micro-batch, blank ones included."""
+
+
 class Sums:
     """Sums over all ranks of one run. What the host knows travels between hosts, without a detour through a GPU."""
 
@@ -24,22 +35,21 @@ class Sums:
         self._names: tuple[list[str], dict[str, int]] | None = None
         self._norms: dict[float, MultiNorm] = {}
 
-    def batch(self, micros: Sequence[MicroBatch], stop: bool = False) -> tuple[float, int, bool]:
-        """(targets, tokens, stop) of the global batch: ``stop`` if any rank asks for it.
-
-        LitseekError, on every rank, if the ranks of a pipeline were given different micro-batches, or ranks that exchange
+    def batch(self, micros: Sequence[MicroBatch], stop: bool = False) -> Totals:
+        """LitseekError, on every rank, if the ranks of a pipeline were given different micro-batches, or ranks that exchange
         rows different numbers of them.
         """
         counted = [micro for micro in micros if not micro.blank]
         targets = sum(micro.targets for micro in counted)
         tokens = sum(micro.num_tokens for micro in counted)
+        longest = max((micro.num_tokens for micro in micros), default=0)
         if self.mesh.world == 1:
-            return targets, tokens, stop
+            return Totals(targets, tokens, stop, longest)
         shapes = 0
         for micro in micros:
             for size in micro.tokens.shape:
                 shapes = (shapes * 1000003 + size) % 2**40
-        rows = self.gather([targets, tokens, len(micros), shapes, float(stop)])
+        rows = self.gather([targets, tokens, len(micros), shapes, float(stop), longest])
         dp = self.mesh.dp
         for rank, row in enumerate(rows):
             partner = rows[rank % dp]
@@ -53,8 +63,8 @@ class Sums:
                     f"rank {rank} has {int(row[2])} micro-batches and rank 0 has {int(rows[0][2])}: ranks that share "
                     "experts must run as many."
                 )
-        stop = any(row[4] for row in rows)
-        return sum(row[0] for row in rows[:dp]), int(sum(row[1] for row in rows[:dp])), stop
+        stop, longest = any(row[4] for row in rows), max(int(row[5]) for row in rows)
+        return Totals(sum(row[0] for row in rows[:dp]), int(sum(row[1] for row in rows[:dp])), stop, longest)
 
     def gather(self, values: Sequence[float]) -> list[list[float]]:
         """Every rank's numbers, in order of ranks."""

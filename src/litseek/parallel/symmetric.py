@@ -6,7 +6,8 @@ ranks, S = W * tokens slots for tokens that arrive, R rows of this rank's expert
 
 Rows have room for ``capacity``, and the tensors that leave here always have so many rows: those after ``count_L.sum()``
 are unwritten memory that must not be read. With a capacity below the worst case a step can overflow. Its numbers are
-worthless then, but nothing is written out of bounds and no rank hangs. Whoever runs steps asks before it uses the result:
+worthless then, but nothing is written out of bounds and no rank hangs. Whoever runs steps asks before it uses the result,
+see litseek.parallel.dispatchers:
 
     while True:
         result = forward_backward(...)                      # with cleared gradients, and nothing counted yet
@@ -19,6 +20,8 @@ A rank needs its own rows' room only, so that capacities may differ between rank
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -39,6 +42,7 @@ POLLS_PER_SECOND = 1_000_000
 
 def share(nbytes: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Any]:
     """Memory of this GPU that the group's other GPUs can write. Multicast is neither asked for nor used."""
+    os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"  # looked at when the first such memory is made
     import torch.distributed._symmetric_memory as symmetric
 
     own = symmetric.empty(nbytes, dtype=torch.uint8, device=torch.device("cuda", torch.cuda.current_device()))
@@ -51,9 +55,10 @@ class Exchange:
     """What all mixtures of a rank's model share: the memory, and what went wrong.
 
     Made by all ranks of ``group`` together, with the same arguments. ``tokens`` is the most that a micro-batch of any rank
-    has. ``capacity`` rows have room here; None: the worst case, W * tokens * K. ``lanes`` is how many CUDA streams exchange
-    at once (litseek.parallel.lanes): each has memory of its own, in the order in which they come first; further streams
-    share it and wait for one another. All ranks queue their exchanges in the same order. ``programs`` multiprocessors send.
+    has; `fit` makes room for more, and 0 waits for it. ``factor`` times the even share, tokens * K, is how many rows have
+    room at first; None: the worst case, W * tokens * K. ``lanes`` is how many CUDA streams exchange at once
+    (litseek.parallel.lanes): each has memory of its own, in the order in which they come first; further streams share it
+    and wait for one another. All ranks queue their exchanges in the same order. ``programs`` multiprocessors send.
     Errors: ValueError naming the setting, its value and what is allowed.
     """
 
@@ -65,41 +70,60 @@ class Exchange:
         top_k: int,
         hidden: int,
         dtype: torch.dtype,
-        capacity: int | None = None,
+        factor: float | None = None,
         lanes: int = 1,
         programs: int = PROGRAMS,
         timeout_s: float = 1800,
         share: Share = share,
     ) -> None:
-        world, rank = dist.get_world_size(group), dist.get_rank(group)
+        world = dist.get_world_size(group)
         if num_experts % world:
             raise ValueError(
                 f"model.n_routed_experts={num_experts} is not a multiple of the {world} ranks that share them."
             )
-        self.worst = world * tokens * top_k
-        if capacity is not None and not 1 <= capacity <= self.worst:
-            raise ValueError(f"capacity={capacity} rows must be between 1 and the worst case, {self.worst}.")
-        self.num_local = num_experts // world
-        self.capacity = self.worst if capacity is None else capacity
-        nbytes = size(world, tokens, top_k, hidden, dtype.itemsize)
-        spins = int(min(timeout_s * POLLS_PER_SECOND, 2**31 - 1))
+        self.num_local, self.group, self.factor, self.share = num_experts // world, group, factor, share
+        self.row = top_k, hidden, dtype.itemsize
+        self.programs, self.spins = programs, int(min(timeout_s * POLLS_PER_SECOND, 2**31 - 1))
+        self.tokens = self.capacity = self.worst = self._planned = 0
         self._kept: list[Any] = []
         self._buffers: list[Buffers] = []
         self._streams: dict[int, int] = {}
         """Of a stream that has been seen: which buffers it uses."""
         self._last: list[torch.cuda.Stream | None] = [None] * lanes
-        for _ in range(lanes):
-            own, peers, kept = share(nbytes, group)
+        self.fit(tokens)
+
+    def fit(self, tokens: int) -> None:
+        """Room for micro-batches of so many tokens, if there is less. All ranks together, with nothing under way."""
+        if tokens <= self.tokens:
+            return
+        even = tokens * self.row[0]
+        self.tokens, self.worst = tokens, self.world * even
+        self._planned = self.worst if self.factor is None else min(math.ceil(self.factor * even), self.worst)
+        self.capacity = max(self.capacity, self._planned)
+        self._meet()
+        self._buffers, self._kept = [], []
+        for _ in self._last:
+            own, peers, kept = self.share(size(self.world, tokens, *self.row), self.group)
             own[:FLAGS] = 0
             state = torch.zeros(STATE, dtype=torch.int32, device=own.device)
-            made = Buffers(peers, own, state, rank, tokens, top_k, hidden, dtype.itemsize, programs, spins)
-            self._buffers.append(made)
+            rank = dist.get_rank(self.group)
+            self._buffers.append(Buffers(peers, own, state, rank, tokens, *self.row, self.programs, self.spins))
             self._kept.append(kept)
-        if own.is_cuda:
+        self._meet()  # nobody sends before all counters are zero
+
+    def _meet(self) -> None:
+        if not self._buffers:
+            return
+        on_gpu = self._buffers[0].own.is_cuda
+        if on_gpu:
             torch.cuda.synchronize()
-        dist.barrier(group)  # nobody sends before all counters are zero
-        if own.is_cuda:
+        dist.barrier(self.group)
+        if on_gpu:
             torch.cuda.synchronize()
+
+    @property
+    def world(self) -> int:
+        return dist.get_world_size(self.group)
 
     def lane(self) -> Buffers:
         """What the current stream exchanges through."""
@@ -114,7 +138,8 @@ class Exchange:
 
     @property
     def can_overflow(self) -> bool:
-        return self.capacity < self.worst
+        """The same on all ranks, whatever room they have made since."""
+        return self._planned < self.worst
 
     @property
     def overflowed(self) -> Tensor:
@@ -152,6 +177,8 @@ class SymmetricDispatcher:
 
     def __init__(self, exchange: Exchange, precision: Precision | None = None) -> None:
         self.exchange, self.precision = exchange, precision
+
+    fixed_rows = True
 
     def announce(self, expert_TK: Tensor) -> None:
         """The host waits for nothing."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from litseek.inference.engine import Engine
 from litseek.models.transformer import Transformer, build
-from litseek.parallel.dispatch import AllToAllDispatcher
+from litseek.parallel.dispatchers import Choice, Dispatchers
 from litseek.parallel.executor import Executor, Pipeline
 from litseek.parallel.lanes import Lanes
 from litseek.parallel.mesh import Groups, Mesh, Ranks
@@ -27,7 +27,9 @@ from litseek.parallel.zero import Share, Shares
 class Team:
     """One rank's view of all of them. Made on all ranks alike, since process groups are."""
 
-    def __init__(self, mesh: Mesh, schedule: str | None, timeout: timedelta, device: torch.device, sms: int) -> None:
+    def __init__(
+        self, mesh: Mesh, schedule: str | None, timeout: timedelta, device: torch.device, choice: Choice
+    ) -> None:
         self.mesh, self.schedule, self.device = mesh, schedule, device
         self.layout = Layout.of(schedule, mesh.pp)
         self.groups = Groups(mesh, timeout)
@@ -36,11 +38,10 @@ class Team:
         if mesh.world > 1:
             if dist.get_backend() != "gloo":
                 host = dist.new_group(backend="gloo", timeout=timeout)
-            self.groups.make("forward", mesh.ep_groups(), sms)
-            self.groups.make("backward", mesh.ep_groups(), sms)
             self.groups.make("down", mesh.neighbours())
             self.groups.make("up", mesh.neighbours())
         self.sums = Sums(mesh, host)
+        self.dispatchers = Dispatchers(choice, mesh, self.groups, self.sums, timeout) if mesh.ep > 1 else None
 
     # -- the model ----------------------------------------------------------------------------------------------
 
@@ -51,13 +52,7 @@ class Team:
         if self.plan is None:
             self.plan = Partition.plan(model, phases, self.mesh, self.layout, seq_len)
             self.groups.make("replicas", self.plan.all_replicas)
-        self.plan.apply(model, partial(self._dispatcher, model) if self.mesh.ep > 1 else None)
-
-    def _dispatcher(self, model: Transformer) -> AllToAllDispatcher:
-        ranks = self._ep_ranks()
-        forward, backward = (self.groups.get(purpose, ranks) for purpose in ("forward", "backward"))
-        assert forward is not None
-        return AllToAllDispatcher(model.cfg.n_routed_experts, forward, backward, model.precision)
+        self.plan.apply(model, None if self.dispatchers is None else partial(self.dispatchers.make, model))
 
     def _ep_ranks(self) -> Ranks:
         return next(group for group in self.mesh.ep_groups() if self.mesh.rank in group)
@@ -119,6 +114,8 @@ class Team:
             made = Executor.staged(stages, self.layout.num_stages, recompute, self._pipeline(), beside)
         if overlap and self.device.type == "cuda":
             made.lanes = Lanes(self.device, model.parameters)
+        if self.dispatchers is not None:
+            made.score = self.dispatchers.score
         return made
 
     def _pipeline(self) -> Pipeline:

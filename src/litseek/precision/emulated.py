@@ -65,6 +65,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows_MK: Tensor, weight: Tensor, count_E: Tensor | None, precision: EmulatedFP8) -> Tensor:
+        rows_MK = _counted(rows_MK, count_E)
         rounded = rounded_as(weight, precision.weight, -1)
         ctx.save_for_backward(rounded_as(rows_MK, precision.activation, 0), rounded, count_E)
         ctx.gradient = precision.gradient
@@ -73,12 +74,21 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         rows_MK, weight, count_E = ctx.saved_tensors
-        grad_rows = _multiply(rounded_as(grads[0], ctx.gradient, -1), weight.transpose(-1, -2).contiguous(), count_E)
+        grad_MN = _counted(grads[0], count_E)
+        grad_rows = _multiply(rounded_as(grad_MN, ctx.gradient, -1), weight.transpose(-1, -2).contiguous(), count_E)
         with torch.enable_grad():  # dW is the gradient of a product with these rows
             leaf = torch.zeros_like(weight).requires_grad_()
             out = _multiply(rows_MK, leaf, count_E)
-        (grad_weight,) = torch.autograd.grad(out, leaf, rounded_as(grads[0], ctx.gradient, 0))
+        (grad_weight,) = torch.autograd.grad(out, leaf, rounded_as(grad_MN, ctx.gradient, 0))
         return grad_rows, grad_weight.float(), None, None
+
+
+def _counted(rows_MK: Tensor, count_E: Tensor | None) -> Tensor:
+    """Zeros in the rows of no expert, which would share scales with the others."""
+    if count_E is None:
+        return rows_MK
+    real_M = torch.arange(rows_MK.shape[0], device=rows_MK.device) < count_E.sum()
+    return torch.where(real_M[:, None], rows_MK, 0)
 
 
 def _multiply(rows_MK: Tensor, weight: Tensor, count_E: Tensor | None) -> Tensor:

@@ -60,7 +60,8 @@ class Precision:
         self, rows_RD: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor, count_E: Tensor, weight_R: Tensor | None = None
     ) -> Tensor:
         """(R, D): each row through its expert's SwiGLU feed-forward; rows are sorted by expert, count_E says how many
-        each has. ``weight_R``, the gate's, multiplies the hidden activation: the down-projection is linear, and so
+        each has. Rows after the last expert's may hold anything, be it NaN, forward and backward: nothing that counts reads
+        them, and what comes out in their places means nothing. ``weight_R``, the gate's, multiplies the hidden activation: the down-projection is linear, and so
         nothing of its output has to be kept for the weights' gradient."""
         hidden_RG = self.grouped_mm(rows_RD, gate_up_EGD, count_E)
         weight_R = None if weight_R is None else weight_R.to(torch.promote_types(hidden_RG.dtype, torch.float32))
