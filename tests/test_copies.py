@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from litseek import deferral
 from litseek.copies import version_of
 from litseek.optim import AdamWConfig
 from litseek.precision import BF16, FP8, compute_copy, operand
@@ -28,6 +29,21 @@ def test_a_product_reads_the_copy_and_the_master_gets_float32_gradients():
         plain(x).float().square().sum().backward()
     assert compute_copy(linear.weight).dtype == torch.bfloat16 and compute_copy(linear.weight).grad is None
     assert linear.weight.grad.dtype == torch.float32
+    torch.testing.assert_close(linear.weight.grad, plain.weight.grad, rtol=1e-6, atol=0)
+
+
+def test_a_gradient_put_off_reaches_the_master_when_it_is_run():
+    linear, plain = made(), made()
+    x, later = torch.randn(5, 24), []
+    for layer in (linear, plain):
+        BF16().attach(layer.weight, "linear")
+    with deferral.splitting(True):
+        out = linear(x).float().square().sum()
+    with deferral.deferring(later):
+        out.backward()
+    assert linear.weight.grad is None
+    deferral.run(later)
+    plain(x).float().square().sum().backward()
     torch.testing.assert_close(linear.weight.grad, plain.weight.grad, rtol=1e-6, atol=0)
 
 

@@ -83,5 +83,6 @@ def add_gradient(leaf: Tensor, grad: Tensor) -> None:
 
 def _hand_over(copy: Tensor, master: nn.Parameter | None) -> None:
     grad, copy.grad = copy.grad, None
-    assert grad is not None and master is not None
-    add_gradient(master, grad)
+    assert master is not None
+    if grad is not None:  # a gradient put off (litseek.deferral) comes by way of `add_gradient`
+        add_gradient(master, grad)
