@@ -35,5 +35,5 @@ $(READY): pyproject.toml constraints.txt
 	if [ -z "$$python" ]; then echo "litseek needs Python 3.11 or 3.12; say which with: make setup PYTHON=/path/to/python" >&2; exit 1; fi; \
 	if ! $(VENV)/bin/python -m pip --version >/dev/null 2>&1; then "$$python" -m venv --clear $(VENV); fi
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt torch
-	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,rl,eval,serve,cluster]'
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,rl,cluster]'
 	@touch $@

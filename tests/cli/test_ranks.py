@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -46,16 +45,13 @@ def test_raising_rank_of_torchrun(tmp_path: Path) -> None:
     assert "litseek: rank 1 failed: unexpected RuntimeError: the fault of this test (debug=true shows where)." in lines
 
 
-def test_asked_to_stop_a_pipeline_stops_and_goes_on(tmp_path: Path) -> None:
+def test_asked_to_stop_a_pipeline_saves_and_stops(tmp_path: Path) -> None:
+    """That it goes on from there as if nothing had happened is tested under cluster=slurm."""
     command = ["pipeline", *SMOKE, "stages=[pretrain]", "report=false", "sample=false", "run_dir=run"]
     status, out, lines, _ = run(OURS, tmp_path, *command, fault(0, 3, "SIGTERM"))
     assert (status, out) == (143, "")
     assert lines == ["litseek: stopped by SIGTERM: step 3 is saved, and the same command goes on from it."]
-    status, out, lines, _ = run(OURS, tmp_path, *command)
-    assert status == 0 and lines == []
-    first, last = out.splitlines()
-    assert first == "run/pretrain: goes on from step-00000003." and last.startswith("run/pretrain: 2,048 tokens")
-    assert json.loads((tmp_path / "run" / "pretrain" / "receipt.json").read_text())["tokens"] == 2048
+    assert (tmp_path / "run" / "pretrain" / "checkpoints" / "step-00000003").is_dir()
 
 
 def test_bad_input_is_said_once_by_torchrun(tmp_path: Path) -> None:

@@ -49,10 +49,10 @@ class LitseekStrategy(ParallelStrategy):
     in a pipeline where its schedule pairs two, without one two by two. ``dispatcher`` moves the rows: "all_to_all" (torch's
     collective), "symmetric" (our kernels, GPUs of one node) or "hierarchical" (once between nodes, then inside).
     ``capacity_factor`` times the even share of rows has room with "symmetric", None all there could be; a step that wants
-    more runs again with room for it and counts in the metric "dispatch/retries". ``zero`` splits the optimizer's state over copies
-    (ZeRO-1). ``recompute`` names the phases that run again in backward instead of keeping their activations, by their
-    last part: "attend", "experts", or "all". ``chunks`` cuts the model of a single process for the executor.
-    With ``checkpoint_async`` training goes on while a checkpoint, copied to host memory, is written.
+    more runs again with room for it and counts in the metric "dispatch/retries". ``zero`` splits the optimizer's state
+    over copies (ZeRO-1). ``recompute`` names the phases that run again in backward by their last part: "attend",
+    "experts", or "all". ``chunks`` cuts the model of a single process for the executor. With ``checkpoint_async``
+    training goes on while a checkpoint, copied to host memory, is written.
     Errors: ValueError naming the key, the value and what is allowed.
     """
 
@@ -131,8 +131,7 @@ class LitseekStrategy(ParallelStrategy):
     def team(self) -> Team:
         """The process groups; made by the first who asks, on all ranks alike."""
         if self._team is None:
-            lanes = 2 if self.overlap else 1
-            choice = Choice(self.dispatcher, self.comm_sms, self.capacity_factor, lanes, self.ranks_per_node)
+            choice = Choice(self.dispatcher, self.comm_sms, self.capacity_factor, 1 + self.overlap, self.ranks_per_node)
             self._team = Team(self.mesh, self.schedule, self.timeout, self.root_device, choice)
         return self._team
 
