@@ -14,9 +14,14 @@ def runs_kernel(x: Tensor) -> bool:
     return x.is_cuda or (not torch.compiler.is_compiling() and os.environ.get("TRITON_INTERPRET") == "1")
 
 
-@cache
 def multiprocessors(device: int) -> int:
-    """How many programs a persistent Hopper kernel starts; ValueError on a GPU that is no Hopper."""
+    """How many programs a persistent Hopper kernel starts: one for each multiprocessor that torch's own products may use
+    (litseek.parallel.lanes leaves some to others). ValueError on a GPU that is no Hopper."""
+    return _multiprocessors(device) - (torch._C._get_sm_carveout_experimental() or 0)
+
+
+@cache
+def _multiprocessors(device: int) -> int:
     properties = torch.cuda.get_device_properties(device)
     found = (properties.major, properties.minor)
     if found != (9, 0):

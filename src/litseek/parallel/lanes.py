@@ -40,10 +40,14 @@ class OneLane:
 
 
 class Lanes(OneLane):
-    """Two of them and one for arrivals. ``parameters`` gives all that get gradients in a step."""
+    """Two of them and one for arrivals. ``parameters`` gives all that get gradients in a step.
 
-    def __init__(self, device: torch.device, parameters: Callable[[], Iterable[Tensor]]) -> None:
-        self.parameters = parameters
+    Products leave ``sms`` multiprocessors to the exchanges: of a persistent kernel that starts a program for each one,
+    those that find no place would come in a second wave, and the product take twice as long.
+    """
+
+    def __init__(self, device: torch.device, parameters: Callable[[], Iterable[Tensor]], sms: int) -> None:
+        self.parameters, self.sms = parameters, sms
         self.streams = [torch.cuda.Stream(device) for _ in range(3)]
         self.main = torch.cuda.current_stream(device)
         torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)  # it is what is wanted here
@@ -57,7 +61,12 @@ class Lanes(OneLane):
         accumulators = [get_gradient_edge(leaf) for leaf in leaves]
         for stream in self.streams:
             stream.wait_stream(self.main)
-        yield
+        before = torch._C._get_sm_carveout_experimental()
+        torch._C._set_sm_carveout_experimental(self.sms)
+        try:
+            yield
+        finally:
+            torch._C._set_sm_carveout_experimental(before)
         for stream in self.streams:
             self.main.wait_stream(stream)
         del accumulators

@@ -30,7 +30,7 @@ class Team:
     def __init__(
         self, mesh: Mesh, schedule: str | None, timeout: timedelta, device: torch.device, choice: Choice
     ) -> None:
-        self.mesh, self.schedule, self.device = mesh, schedule, device
+        self.mesh, self.schedule, self.device, self.choice = mesh, schedule, device, choice
         self.layout = Layout.of(schedule, mesh.pp)
         self.groups = Groups(mesh, timeout)
         self.plan: Partition | None = None
@@ -38,8 +38,9 @@ class Team:
         if mesh.world > 1:
             if dist.get_backend() != "gloo":
                 host = dist.new_group(backend="gloo", timeout=timeout)
-            self.groups.make("down", mesh.neighbours())
-            self.groups.make("up", mesh.neighbours())
+            few = max(1, choice.sms // 4)  # one transfer at a time each way, which waits for its partner where it runs
+            self.groups.make("down", mesh.neighbours(), few)
+            self.groups.make("up", mesh.neighbours(), few)
         self.sums = Sums(mesh, host)
         self.dispatchers = Dispatchers(choice, mesh, self.groups, self.sums, timeout) if mesh.ep > 1 else None
 
@@ -113,7 +114,7 @@ class Team:
             stages, beside = self.plan.stages(phases), overlap and self.mesh.ep > 1
             made = Executor.staged(stages, self.layout.num_stages, recompute, self._pipeline(), beside)
         if overlap and self.device.type == "cuda":
-            made.lanes = Lanes(self.device, model.parameters)
+            made.lanes = Lanes(self.device, model.parameters, self.choice.sms)
         if self.dispatchers is not None:
             made.score = self.dispatchers.score
         return made
