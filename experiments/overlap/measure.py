@@ -15,6 +15,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from matplotlib.figure import Figure
 
 from litseek.cli.bench_step import TrainingStep, free
 from litseek.cli.compose import compose, make
+from litseek.parallel.transport import PeerToPeer
 
 Spans = list[tuple[float, float]]
 COLUMNS = (
@@ -124,17 +126,42 @@ def profiled(step: TrainingStep, device: torch.device) -> dict[str, Spans]:
         return kernels_of(json.loads(file.read_text(encoding="utf-8")))
 
 
-def timed(step: TrainingStep, warmup: int, steps: int, device: torch.device) -> float:
-    """Median ms of steps that all ranks start together."""
+def timed(
+    step: TrainingStep, warmup: int, steps: int, device: torch.device, clear: Callable[[], None]
+) -> tuple[float, float]:
+    """Median ms of steps that all ranks start together, and the last one's; ``clear`` is called before each."""
     found = []
     for _ in range(warmup + steps):
         dist.barrier()
+        clear()
         begin = time.perf_counter()
         step()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         found.append(1e3 * (time.perf_counter() - begin))
-    return statistics.median(found[warmup:])
+    return statistics.median(found[warmup:]), found[-1]
+
+
+class Waits:
+    """On a CPU: the seconds in which this rank of a pipeline waited for the other, since `clear`."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        for name in ("arrived", "finish"):
+            setattr(PeerToPeer, name, self._timed(getattr(PeerToPeer, name)))
+
+    def clear(self) -> None:
+        self.seconds = 0.0
+
+    def _timed(self, wait: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any) -> Any:
+            begin = time.perf_counter()
+            try:
+                return wait(*args)
+            finally:
+                self.seconds += time.perf_counter() - begin
+
+        return timed
 
 
 def main() -> None:
@@ -147,13 +174,14 @@ def main() -> None:
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+    waits = Waits()
     for arm in arms:
-        measure(arm, settings, own, device)
+        measure(arm, settings, own, device, waits)
         free()
     dist.destroy_process_group()
 
 
-def measure(arm: str, settings: list[str], own: dict[str, str], device: torch.device) -> None:
+def measure(arm: str, settings: list[str], own: dict[str, str], device: torch.device, waits: Waits) -> None:
     cfg = compose("train", (f"experiment=overlap/{arm}", *settings)).cfg
     world, warmup, steps = int(os.environ["WORLD_SIZE"]), int(own["warmup"]), int(own["steps"])
     if cfg.stage.batch % world:
@@ -162,13 +190,13 @@ def measure(arm: str, settings: list[str], own: dict[str, str], device: torch.de
     parts = [make(part) for part in (cfg.model, cfg.precision, cfg.optim, cfg.strategy)]
     step = TrainingStep(*parts, **shape, device=device, compile=cfg.stage.compile)
     step.prepare(warmup + steps + 1)
-    ms = timed(step, warmup, steps, device)
     cuda = device.type == "cuda"
+    ms, last = timed(step, warmup, steps, device, waits.clear)
     row: dict[str, Any] = {"arm": arm, "settings": " ".join(settings), "world": world, "step_ms": round(ms, 3)}
     row["device"] = torch.cuda.get_device_name(device) if cuda else "cpu"
     row["tokens_per_s_per_gpu"] = round(cfg.stage.batch * cfg.data.seq_len / ms * 1e3 / world)
     ranks: list[Any] = [None] * world
-    dist.all_gather_object(ranks, profiled(step, device) if cuda else None)
+    dist.all_gather_object(ranks, profiled(step, device) if cuda else waits.seconds)
     if dist.get_rank() == 0:
         out = Path(own["out"])
         out.mkdir(parents=True, exist_ok=True)
@@ -177,6 +205,8 @@ def measure(arm: str, settings: list[str], own: dict[str, str], device: torch.de
             row |= {key: round(statistics.mean(found[key] for found in each), 4) for key in each[0]}
             (out / f"{arm}.json").write_text(json.dumps(ranks), encoding="utf-8")
             draw(ranks, f"{arm}: one step, {ms:.1f} ms unprofiled", out / f"{arm}.png")
+        elif step.strategy.pp > 1:
+            row["idle_share"] = round(statistics.mean(ranks) / last * 1e3, 4)
         file, new = out / "results.csv", not (out / "results.csv").is_file()
         with file.open("a", newline="", encoding="utf-8") as stream:
             writer = csv.DictWriter(stream, COLUMNS)
