@@ -18,8 +18,11 @@ import torch.multiprocessing as mp
 class Ranks:
     """A pool of ``world`` processes in one gloo group. ``run(f, ...)`` calls the module-level function ``f`` on each."""
 
-    def __init__(self, world: int) -> None:
-        context = mp.get_context("spawn")
+    def __init__(self, world: int, method: str = "forkserver") -> None:
+        """``method="spawn"``: processes that import everything themselves, in the environment as it is now."""
+        context = mp.get_context(method)
+        if method == "forkserver":  # which imports once for all pools
+            context.set_forkserver_preload(["tests.parallel.layouts"])
         port = _free_port()
         self.pipes, self.processes = [], []
         for rank in range(world):
@@ -75,10 +78,23 @@ def _serve(pipe: Any, rank: int, world: int, port: int) -> None:
             function, args, keys = pipe.recv()
         except EOFError:
             return
+        _drop_groups()
         try:
             pipe.send((True, function(*args, **keys)))
         except Exception:
             pipe.send((False, traceback.format_exc()))
+
+
+KEPT: list[dist.ProcessGroup] = []
+"""Process groups that a module makes once and uses in several tests."""
+
+
+def _drop_groups() -> None:
+    """Those that the last function left behind, on any rank unused by now: each has a thread that wakes a hundred times a
+    second."""
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD and group not in KEPT:
+            dist.destroy_process_group(group)
 
 
 def _free_port() -> int:

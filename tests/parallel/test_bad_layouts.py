@@ -16,7 +16,7 @@ from litseek.parallel.mesh import Mesh
 from litseek.parallel.strategy import LitseekStrategy
 from litseek.parallel.sums import Sums
 from litseek.parallel.zero import Shares
-from tests.parallel.layouts import LAYOUTS, stage_of
+from tests.parallel.layouts import LAYOUTS, stage_of, train_here
 from tests.ranks import ranks
 from tests.stages.fitting import trainer
 
@@ -44,11 +44,11 @@ class Poison(Callback):
         self.weights.append((kept, all(bool(value.isfinite().all()) for value in state.values())))
 
 
-def refused(layout: dict[str, Any], folder: Path, **keys: Any) -> str:
+def refused(layout: dict[str, Any], folder: Path, resume: str | None = None, **keys: Any) -> str:
     """On one rank: the sentence that a run on this layout ends with."""
     try:
         run = trainer(folder, 1, strategy=LitseekStrategy(**layout), devices=2, **keys.pop("trainer", {}))
-        run.fit(stage_of(**keys))
+        run.fit(stage_of(**keys), ckpt_path=resume)
     except (ValueError, LitseekError) as error:
         return str(error)
     return "nothing"
@@ -69,6 +69,14 @@ def test_every_rank_refuses_in_the_same_words(name: str, tmp_path: Path) -> None
     layout, keys, words = BAD[name]
     first, second = ranks(2).run(refused, layout, tmp_path, **keys)
     assert words in first and first == second
+
+
+@pytest.mark.parametrize("name", ["ep2", "pp2_v"])
+def test_a_checkpoint_of_another_model_is_refused_by_all(name: str, tmp_path: Path) -> None:
+    train_here(tmp_path, {}, steps=1, model=dict(moe_intermediate_size=24))
+    saved = str(tmp_path / "checkpoints" / "step-00000001")
+    first, second = ranks(2).run(refused, LAYOUTS[name], tmp_path / "two", resume=saved)
+    assert "step-00000001" in first and "moe_intermediate_size" in first and "24" in first and first == second
 
 
 def unequal(pp: int, ep: int) -> str:

@@ -14,7 +14,7 @@ from litseek.models.transformer import Transformer
 from litseek.parallel.dispatch import AllToAllDispatcher
 from litseek.parallel.executor import Executor
 from litseek.parallel.hierarchical import HierarchicalDispatcher, node_groups
-from tests.ranks import ranks
+from tests.ranks import KEPT, ranks
 from tests.toy import toy_config, with_biases
 
 E, D, K = 8, 6, 3
@@ -35,7 +35,9 @@ CASES = {
 def groups(world: int):
     """Process groups are made by all ranks together, once a pool."""
     every = [list(range(world))]
-    return dist.new_group(every[0]), {n: [node_groups(every, n) for _ in range(2)] for n in (1, 2) if n <= world}
+    made = dist.new_group(every[0]), {n: [node_groups(every, n) for _ in range(2)] for n in (1, 2) if n <= world}
+    KEPT.extend([made[0], *(group for pairs in made[1].values() for nodes in pairs for group in nodes)])
+    return made
 
 
 def dispatcher(kind: str, world: int):
@@ -98,7 +100,9 @@ def test_outputs_and_gradients_equal_the_local_dispatcher(world, kind, case, ins
 @cache
 def pairs() -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
     """This rank's pair (0 and 2, 1 and 3), twice: for forward and backward."""
-    return tuple(dist.new_subgroups_by_enumeration([[0, 2], [1, 3]])[0] for _ in range(2))
+    made = tuple(dist.new_subgroups_by_enumeration([[0, 2], [1, 3]])[0] for _ in range(2))
+    KEPT.extend(made)
+    return made
 
 
 def in_pairs() -> list[Tensor]:

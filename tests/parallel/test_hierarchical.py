@@ -14,7 +14,7 @@ from litseek.parallel.hierarchical import HierarchicalDispatcher, NodeGroups, no
 from litseek.parallel.strategy import LitseekStrategy
 from tests.parallel.layouts import train_here
 from tests.parallel.test_layouts import same
-from tests.ranks import ranks
+from tests.ranks import KEPT, ranks
 
 D = 16
 
@@ -30,7 +30,9 @@ def choices(tokens: int, experts: int, top_k: int, nodes: int, limit: int, seed:
 
 @cache
 def groups() -> NodeGroups:
-    return node_groups([[0, 1, 2, 3]], 2)
+    made = node_groups([[0, 1, 2, 3]], 2)
+    KEPT.extend(made)
+    return made
 
 
 def crossing(limit: int) -> int:

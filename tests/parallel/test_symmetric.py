@@ -23,7 +23,7 @@ from litseek.parallel.symmetric import Exchange, SymmetricDispatcher
 from litseek.precision import BF16, FP8
 from tests.parallel.layouts import joined, train_here
 from tests.parallel.test_layouts import same
-from tests.ranks import Ranks
+from tests.ranks import KEPT, Ranks
 
 W, E, D, K, T = 2, 4, 32, 2, 6
 CASES = {
@@ -54,7 +54,7 @@ def pair(request):
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "cpu":
             patch.setenv("TRITON_INTERPRET", "1")  # the processes start with it
-        pool = Ranks(W)
+        pool = Ranks(W, method="spawn")
     yield lambda function, *args: pool.run(function, request.param, *args, timeout=300)
     for process in pool.processes:
         process.terminate()
@@ -66,7 +66,8 @@ def group(device: str) -> dist.ProcessGroup:
         return dist.group.WORLD
     os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
     torch.cuda.set_device(dist.get_rank())
-    return dist.new_group(list(range(W)), backend="nccl")
+    KEPT.append(dist.new_group(list(range(W)), backend="nccl"))
+    return KEPT[-1]
 
 
 def share_files(nbytes: int, group: dist.ProcessGroup):

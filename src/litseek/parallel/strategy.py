@@ -28,6 +28,7 @@ from torch.optim import Optimizer
 from litseek.data.batch import MicroBatch
 from litseek.optim import AdamW
 from litseek.parallel import preempt, storage
+from litseek.parallel.checkpoint import check_same_model, resolve_checkpoint
 from litseek.parallel.dispatchers import Choice
 from litseek.parallel.executor import Executor, HeadLoss, StepResult, talks
 from litseek.parallel.launch import Launcher
@@ -45,14 +46,12 @@ class LitseekStrategy(ParallelStrategy):
 
     ``pp`` ranks hold a pipeline's stages and run ``schedule`` (1f1b, zb1p, dualpipe, dualpipev); ``ep`` ranks share the
     experts; what is left of the world holds copies. ``overlap`` lets one micro-batch's exchanges run beside another's
-    computations: on a GPU on streams of their own, with ``comm_sms`` multiprocessors for the exchanges of experts' rows;
-    in a pipeline where its schedule pairs two, without one two by two. ``dispatcher`` moves the rows: "all_to_all" (torch's
-    collective), "symmetric" (our kernels, GPUs of one node) or "hierarchical" (once between nodes, then inside).
-    ``capacity_factor`` times the even share of rows has room with "symmetric", None all there could be; a step that wants
-    more runs again with room for it and counts in the metric "dispatch/retries". ``zero`` splits the optimizer's state
-    over copies (ZeRO-1). ``recompute`` names the phases that run again in backward by their last part: "attend",
-    "experts", or "all". ``chunks`` cuts the model of a single process for the executor. With ``checkpoint_async``
-    training goes on while a checkpoint, copied to host memory, is written.
+    computations: on a GPU on streams of their own, with ``comm_sms`` multiprocessors for the exchanges; in a pipeline
+    where its schedule pairs two, without one two by two. ``dispatcher`` moves rows: "all_to_all" (torch's collective),
+    "symmetric" (our kernels, GPUs of one node) or "hierarchical" (once between nodes, then inside). ``capacity_factor``
+    times the even share of rows has room with "symmetric", None all there could be; a step that wants more runs again
+    with room for it and counts in the metric "dispatch/retries". ``zero`` splits the optimizer's state over copies
+    (ZeRO-1). ``recompute`` names phases that run again in backward. ``checkpoint_async`` writes while training goes on.
     Errors: ValueError naming the key, the value and what is allowed.
     """
 
@@ -421,6 +420,7 @@ class LitseekStrategy(ParallelStrategy):
         self._lightning_module = stage
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        check_same_model(self._module.cfg, resolve_checkpoint(checkpoint_path))
         wanted = self.team.wanted({share.name: share for share in self.shares.shares})
         state = storage.load(Path(checkpoint_path), wanted=wanted, group=self.writer.group)
         states = state.pop("random", [])
