@@ -117,6 +117,7 @@ def _fit(
             result = receipts.write_receipt(folder, config, parent, stage.tokens_seen, spent, stage.results)
         result, stop = trainer.strategy.broadcast((result, preempt.requested()))
         preempt.agree(stop)  # too late for this stage; a pipeline stops before the next one
+        trainer.strategy.team.close()
         return result
     except SystemExit:  # what Lightning makes of Ctrl-C
         if trainer.interrupted:

@@ -103,6 +103,11 @@ class Groups:
         """None for a lone rank."""
         return self.made[purpose, ranks] if len(ranks) > 1 else None
 
+    def close(self) -> None:
+        """Give them back. No rank may still use one."""
+        while self.made:
+            dist.destroy_process_group(self.made.popitem()[1])
+
 
 def _options(sms: int | None) -> Any:
     if sms is None or dist.get_backend() != "nccl":

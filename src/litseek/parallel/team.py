@@ -44,6 +44,16 @@ class Team:
         self.sums = Sums(mesh, host)
         self.dispatchers = Dispatchers(choice, mesh, self.groups, self.sums, timeout) if mesh.ep > 1 else None
 
+    def close(self) -> None:
+        """Give the process groups back, with their threads and what they hold of a GPU's memory, after the last use on all
+        ranks: a process may train another stage next."""
+        if self.mesh.world == 1:
+            return
+        dist.barrier()
+        self.groups.close()
+        if self.sums.host_group is not None:
+            dist.destroy_process_group(self.sums.host_group)
+
     # -- the model ----------------------------------------------------------------------------------------------
 
     def partition(self, model: Any, phases: Sequence[Any], seq_len: int) -> None:
