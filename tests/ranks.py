@@ -47,6 +47,8 @@ class Ranks:
                 results.append(value)
             else:
                 failures.append(f"rank {rank}:\n{value}")
+        for pipe in self.pipes:
+            pipe.send(None)  # all are done: none uses another's groups any more
         if failures:
             raise RuntimeError("\n".join(failures))
         return results
@@ -75,10 +77,13 @@ def _serve(pipe: Any, rank: int, world: int, port: int) -> None:
     dist.init_process_group("gloo", rank=rank, world_size=world)
     while True:
         try:
-            function, args, keys = pipe.recv()
+            task = pipe.recv()
         except EOFError:
             return
-        _drop_groups()
+        if task is None:
+            _drop_groups()
+            continue
+        function, args, keys = task
         try:
             pipe.send((True, function(*args, **keys)))
         except Exception:
@@ -90,8 +95,7 @@ KEPT: list[dist.ProcessGroup] = []
 
 
 def _drop_groups() -> None:
-    """Those that the last function left behind, on any rank unused by now: each has a thread that wakes a hundred times a
-    second."""
+    """Those that the last function left behind: each has a thread that wakes a hundred times a second."""
     for group in list(dist.distributed_c10d._world.pg_map):
         if group is not dist.group.WORLD and group not in KEPT:
             dist.destroy_process_group(group)

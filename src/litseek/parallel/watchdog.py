@@ -16,6 +16,7 @@ import json
 import os
 import secrets
 import selectors
+import signal
 import socket
 import sys
 import threading
@@ -27,6 +28,8 @@ from litseek.errors import LitseekError
 
 PARENT = "LITSEEK_PARENT"
 """Environment variable: the process that launched this rank, which rank 0 is."""
+TORCHRUN = "TORCHELASTIC_RUN_ID"
+"""The one by which torchrun's ranks know it."""
 JOIN_S = 60.0
 """How long rank 0 waits for the connections of the others."""
 VERDICT_S = 10.0
@@ -66,9 +69,10 @@ def leave() -> None:
 
 
 def follow_parent() -> None:
-    """End with the process that launched this one: until the ranks are connected nothing else would tell."""
-    if PARENT in os.environ:
-        parent = int(os.environ[PARENT])
+    """End with the process that launched this one: until the ranks are connected nothing else would tell, and nothing at
+    any time of torchrun's end, after which somebody may start the same run again."""
+    if PARENT in os.environ or TORCHRUN in os.environ:
+        parent = int(os.environ.get(PARENT, os.getppid()))
         threading.Thread(target=_end_with, args=(parent,), daemon=True, name="litseek-parent").start()
 
 
@@ -77,6 +81,8 @@ def _end_with(parent: int) -> None:
         time.sleep(0.5)
     if not watching():
         os._exit(1)
+    if PARENT not in os.environ:
+        os.kill(os.getpid(), signal.SIGTERM)  # which saves and stops
 
 
 class Watchdog:
