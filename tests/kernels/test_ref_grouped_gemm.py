@@ -76,5 +76,5 @@ def test_only_asked_gradients_are_computed():
 
 def test_counts_that_do_not_fit_the_rows_are_our_mistake():
     rows, weight, _ = inputs([2, 3], 3, 4)
-    with pytest.raises(AssertionError, match="counts sum to 4, rows are 5"):
-        grouped_mm(rows, weight, torch.tensor([2, 2]))
+    with pytest.raises(AssertionError, match="counts sum to 6, rows are 5"):
+        grouped_mm(rows, weight, torch.tensor([2, 4]))
