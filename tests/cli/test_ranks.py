@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 SMOKE = [
     *("preset=smoke", "logger=none", "strategy=dp", "trainer.devices=2", "trainer.accelerator=cpu"),
@@ -45,6 +47,7 @@ def test_raising_rank_of_torchrun(tmp_path: Path) -> None:
     assert "litseek: rank 1 failed: unexpected RuntimeError: the fault of this test (debug=true shows where)." in lines
 
 
+@pytest.mark.slow  # in tests/cli/test_cluster.py a job is asked, too
 def test_asked_to_stop_a_pipeline_saves_and_stops(tmp_path: Path) -> None:
     """That it goes on from there as if nothing had happened is tested under cluster=slurm."""
     command = ["pipeline", *SMOKE, "stages=[pretrain]", "report=false", "sample=false", "run_dir=run"]
@@ -54,6 +57,7 @@ def test_asked_to_stop_a_pipeline_saves_and_stops(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "pretrain" / "checkpoints" / "step-00000003").is_dir()
 
 
+@pytest.mark.slow  # in tests/parallel every rank refuses, and test_watchdog.py counts what is said
 def test_bad_input_is_said_once_by_torchrun(tmp_path: Path) -> None:
     status, out, lines, _ = run(TORCHRUN, tmp_path, "train", *SMOKE, "run_dir=run", "stage.batch=12")
     assert status != 0 and out == ""

@@ -62,7 +62,8 @@ def test_command_composes(words: list[str]):
 
 
 def at_smoke_size(words: list[str]) -> list[str]:
-    """The same command with preset=smoke, two steps a stage and nothing sent or drawn."""
+    """The same command with preset=smoke, two steps a stage, one seed, and nothing sent or drawn."""
+    words = [re.sub(r"^(seed=\d+),.*", r"\1", word) for word in words]
     if words[0] not in ("train", "pipeline"):
         return words
     if any(w.startswith("experiment=") for w in words):  # an arm's sizes win over a preset's: shrink these themselves
@@ -74,6 +75,8 @@ def at_smoke_size(words: list[str]) -> list[str]:
         ]
         return [*words, *small, "stage.micro_batch=4", "trainer.max_steps=2", "logger=none"]
     kept = [w for w in words if not re.match(r"(preset|model|trainer\.max_steps)=", w)]
+    if any(w.startswith("trainer.devices=") for w in words):  # tests/parallel has the other stages on ranks
+        kept.append("stages=[pretrain,grpo]")
     return [*kept, "preset=smoke", "trainer.max_steps=2", "logger=none"]
 
 

@@ -262,12 +262,8 @@ def trained(device: str, folder: Path, layout: dict[str, Any]) -> tuple[dict[str
 
 def test_training_with_too_little_room_equals_training_with_enough(pair, tmp_path):
     wanted = [run for run, _ in pair(trained, tmp_path / "hops", {})]
-    for factor, overlap in ((0.4, False), (None, True)):
-        layout = dict(dispatcher="symmetric", capacity_factor=factor, overlap=overlap)
-        runs, retries = zip(*pair(trained, tmp_path / f"{factor}", layout))
-        assert retries[0] == retries[1]
-        assert retries[0] == [None, None] if factor is None else retries[0][0] >= 1
-        same(
-            list(runs),
-            {key: joined(wanted, key) if key in ("state", "average") else wanted[0][key] for key in wanted[0]},
-        )
+    layout = dict(dispatcher="symmetric", capacity_factor=0.4, overlap=True)
+    runs, retries = zip(*pair(trained, tmp_path / "little", layout))
+    assert retries[0] == retries[1] and retries[0][0] >= 1
+    expected = {key: joined(wanted, key) if key in ("state", "average") else wanted[0][key] for key in wanted[0]}
+    same(list(runs), expected)
